@@ -1,0 +1,1025 @@
+"""Fine-tune a language model with PPO so that it says positive things, and show that it learned.
+
+    python train_rlhf.py                             # TinyLlama-1.1B-Chat, with the constants below
+    python train_rlhf.py --model-name demo_model     # the small model beside this file: offline, about a minute
+    python train_rlhf.py --help                      # every constant is also a flag
+
+Read it from top to bottom, as the data flows: constants, policy, rollout, reward, PPO step, training, measurement,
+main. What a run needs besides the algorithm (settings, the Hub, checkpoints, the report) stands after that.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import warnings
+import zlib
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from textwrap import wrap
+from types import SimpleNamespace
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # complains of kernels when imported
+
+import numpy
+import psutil
+import torch
+import transformers
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.hf_api import ModelInfo
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from trl.core import masked_mean
+
+# --- Model
+MODEL_NAME = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"  # a name on the Hugging Face Hub, or a local folder
+OUTPUT_DIR = "trained_model"  # all that a run leaves; an earlier run found there is moved aside, not deleted
+LORA_RANK = 16  # rank of the update of each adapted layer; less saves memory, more can express more
+LORA_ALPHA = 32  # the update is multiplied by LORA_ALPHA / LORA_RANK
+LORA_TARGETS = ["all-linear"]  # names of the layers to adapt; all-linear = every one but the output head
+QUANTIZATION = "none"  # 8bit or 4bit keep the frozen weights small, with bitsandbytes; none = off
+DEVICE = "auto"  # cuda or cpu; auto = cuda where there is one
+DTYPE = "auto"  # float32, bfloat16 or float16 weights; auto = float32 on a CPU, the card's best 16 bits on a GPU
+
+# --- Prompts and reward
+PROMPTS = [  # the beginnings that the model continues, taken in turn
+    "I feel so", "This makes me", "I am really", "Today I am", "Life is", "I'm feeling",
+]  # fmt: skip
+EVAL_PROMPTS = [  # held out: measured only, never trained on, to see what carries over
+    "Right now I am", "My day was", "It makes me feel", "Tonight I feel", "Everything seems", "I woke up feeling",
+]  # fmt: skip
+POSITIVE_WORDS = [  # a response with one of these as a whole word, in any case, scores +1, any other -1
+    "happy", "glad", "good", "great", "smile", "joy", "love", "wonderful", "amazing", "excited", "pleased",
+    "delighted", "cheerful", "grateful", "blessed", "fantastic",
+]  # fmt: skip
+REWARD = "positive_word_reward"  # scores a response: that, or my_file.py:my_function from its text to a number
+
+# --- Rollout
+TRAINING_EPOCHS = 150  # passes over PROMPTS; 150 passes over 6 prompts are 900 samples
+BATCH_SIZE = 10  # responses sampled for one PPO step; more is steadier but slower to react
+MAX_NEW_TOKENS = 10  # length of a response in tokens, at most
+TEMPERATURE = 1.0  # divides the logits of policy and base model everywhere; 1.0 = the models as they are
+
+# --- PPO
+LEARNING_RATE = 3e-4  # of the first step; the later ones follow TARGET_APPROX_KL
+TARGET_APPROX_KL = 0.02  # wanted size of a step in nats per token, falling to 0; 0 = LEARNING_RATE stays as it is
+PPO_EPOCHS = 4  # passes over a batch; 1 = every sample is used once, and nothing is ever clipped
+MINI_BATCH_SIZE = 0  # responses in one update, a divisor of BATCH_SIZE; less saves memory; 0 = the whole batch
+KL_COEF = 0.2  # price of one nat of KL against the base model, in units of the score; 0 = free to drift away
+CLIP_RANGE = 0.2  # PPO's epsilon: nothing is gained by a probability ratio outside 1 - 0.2 to 1 + 0.2
+VALUE_CLIP_RANGE = 0.2  # how far one step may move a value, in units of the score
+VF_COEF = 0.1  # weight of the value loss in the loss; 0 = the value head stays at zero
+GAMMA = 1.0  # discount per token; 1.0 = none: a response is short, and its score comes at the end
+LAM = 1.0  # GAE's lambda: 1.0 trusts what happened, 0.0 trusts the value head
+MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0 = off
+
+# --- Run
+SEED = 0  # the same seed on the same machine gives the same run
+EVAL_SAMPLES = 240  # responses in each of the four measurements at the end, spread evenly over the prompts
+EVAL_BATCH_SIZE = 40  # responses generated at once there; less saves memory
+LOG_EVERY = 5  # steps between two lines of progress where the output is no terminal
+SAVE_EVERY = 10  # steps between two checkpoints; 0 = only where the run ends or is stopped
+RESUME = False  # go on from the checkpoint in OUTPUT_DIR
+REPORT_TO = "none"  # tensorboard = the metrics in OUTPUT_DIR/tensorboard too (pip install tensorboard); none = off
+
+
+# --------------------------------------------------------------------------------------------------------- policy
+class PolicyWithValueHead(AutoModelForCausalLMWithValueHead):
+    """TRL's language model with a value head, its logits divided by TEMPERATURE as in sampling."""
+
+    def __init__(self, model, temperature):
+        super().__init__(model, summary_dropout_prob=0.0)
+        self.temperature = temperature
+        self.is_peft_model = True  # tells TRL that the base model is this one with its adapter off
+        self.v_head.float()
+        torch.nn.init.zeros_(self.v_head.summary.weight)  # random first values would be noise in the advantages
+        torch.nn.init.zeros_(self.v_head.summary.bias)
+
+    def forward(self, **inputs):
+        """Return float32 logits (batch, length, vocabulary), no loss, and values (batch, length)."""
+        logits, loss, values = super().forward(**inputs)
+        return logits / self.temperature, loss, values
+
+
+def load_tokenizer(path, settings):
+    """Return the tokenizer, after a look at whether the prompts fit into the model's context."""
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # a broken folder can make transformers raise anything
+        raise bad_model(settings, error) from error
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # either will do: masks come from lengths
+    room = (getattr(config, "max_position_embeddings", None) or math.inf) - settings.max_new_tokens
+    problems = [
+        f"{name}: {shorten(prompt)!r} is {length} tokens long, but with MAX_NEW_TOKENS {settings.max_new_tokens} the "
+        f"model's context leaves room for {room}: shorten the prompt or lower MAX_NEW_TOKENS"
+        for name in ("PROMPTS", "EVAL_PROMPTS")
+        for prompt in getattr(settings, name.lower())
+        if (length := len(tokenizer(prompt)["input_ids"])) > room
+    ]
+    if problems:
+        raise SettingsError(*problems)
+    return tokenizer
+
+
+def load_policy(path, tokenizer, settings, device, dtype):
+    """Load the base model from safetensors; add a LoRA adapter and a value head, both float32."""
+    options = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True, "output_loading_info": True}
+    if settings.quantization != "none":
+        bits = {f"load_in_{settings.quantization}": True, "bnb_4bit_quant_type": "nf4"}
+        options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
+    try:
+        base, loading = AutoModelForCausalLM.from_pretrained(path, **options)
+    except Exception as error:
+        raise bad_model(settings, error) from error
+    if loading["missing_keys"]:  # transformers would go on with random numbers
+        raise bad_model(settings, f"it lacks weights such as {min(loading['missing_keys'])}")
+    own = base.generation_config
+    base.generation_config = GenerationConfig(  # plain sampling, whatever top-k or penalty the model came with
+        **{"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0},
+        **{"max_new_tokens": settings.max_new_tokens, "bos_token_id": own.bos_token_id},
+        eos_token_id=tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    targets = settings.lora_targets[0] if settings.lora_targets == ["all-linear"] else settings.lora_targets
+    lora = LoraConfig(  # no dropout: it would change the ratio of a policy to itself
+        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=targets, lora_dropout=0.0
+    )
+    try:
+        return PolicyWithValueHead(get_peft_model(base, lora), settings.temperature).to(device)
+    except ValueError as error:
+        raise SettingsError(f"LORA_TARGETS is {settings.lora_targets}: {shorten(error)}") from error
+
+
+# -------------------------------------------------------------------------------------------------------- rollout
+def rollout(policy, tokenizer, prompts, reward):
+    """Sample a response to each prompt and score it.
+
+    Returns queries and responses, 1-D tensors of token ids; the texts of the responses; their scores.
+    """
+    queries = [tokenizer(prompt, return_tensors="pt")["input_ids"][0] for prompt in prompts]
+    responses = generate(policy, tokenizer, queries)
+    texts = [response_text(tokenizer, query, response) for query, response in zip(queries, responses)]
+    return queries, responses, texts, [score_response(reward, *pair) for pair in zip(prompts, texts)]
+
+
+def generate(policy, tokenizer, queries):
+    """Sample one response to each query, all at once: 1 to MAX_NEW_TOKENS ids, cut after the first end token."""
+    model = policy.pretrained_model
+    batch = tokenizer.pad({"input_ids": queries}, padding_side="left", return_tensors="pt").to(model.device)
+    policy.eval()
+    with torch.no_grad():
+        sequences = model.generate(**batch)
+    end_ids = torch.tensor(model.generation_config.eos_token_id, device=model.device)  # one id or several
+    responses = []
+    for row in sequences[:, batch["input_ids"].shape[1] :]:  # without the query, or it would be trained on too
+        ends = torch.isin(row, end_ids).nonzero()
+        responses.append(row[: ends[0, 0] + 1] if len(ends) else row)
+    return responses
+
+
+def response_text(tokenizer, query, response):
+    """Return the text that the response adds to that of the query, with the space before it if there is one."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    both = tokenizer.decode([*query.tolist(), *response.tolist()], **options)
+    return both[len(tokenizer.decode(query, **options)) :]
+
+
+# --------------------------------------------------------------------------------------------------------- reward
+def positive_word_reward(text, positive_words=POSITIVE_WORDS):
+    """Return +1.0 if the text has one of the positive words as a whole word, in any case, else -1.0."""
+    words = "|".join(re.escape(word) for word in positive_words)
+    return 1.0 if re.search(rf"(?<!\w)({words})(?!\w)", text, re.IGNORECASE) else -1.0
+
+
+def score_response(reward, prompt, text):
+    """Return the score of a response; letters that only prolong the prompt's last word are no word of its own."""
+    score = reward(re.sub(r"^\w+", "", text) if prompt[-1].isalnum() else text)
+    if not isinstance(score, int | float) or not math.isfinite(score):
+        raise RunError(f"REWARD gave {score!r} for {text!r}: it has to return a finite number")
+    return float(score)
+
+
+# ------------------------------------------------------------------------------------------------------- PPO step
+class ExactKLTrainer(PPOTrainer):
+    """TRL's PPOTrainer with the exact KL of each position in the reward and, with its gradient, in the loss.
+
+    With kl_penalty="full" TRL puts KL_t = sum_v p(v) ln(p(v) / p_ref(v)), over the whole vocabulary, into the reward
+    where it usually puts ln(p / p_ref) of the sampled token: the same mean with far less noise. But KL_t does not
+    depend on the token sampled at t, so that reward can't teach the policy to lower it. The gradient of KL_t
+    therefore joins the loss; the policy gradient of a reward that depends on the parameters has both terms:
+    grad E[R] = E[R grad ln p] + E[grad R].
+    """
+
+    def prepare_model_inputs(self, queries, responses):
+        """Number the rows of the batch, so that a shuffled minibatch finds its ref_logprobs."""
+        inputs = super().prepare_model_inputs(queries, responses)
+        inputs["rows"] = torch.arange(len(queries), device=self.current_device)
+        return inputs
+
+    def batched_forward_pass(self, model, queries, responses, model_inputs, *args, **kwargs):
+        """Keep the row numbers, and hand the rest to the model."""
+        self.rows = model_inputs["rows"]
+        inputs = {name: value for name, value in model_inputs.items() if name != "rows"}
+        return super().batched_forward_pass(model, queries, responses, inputs, *args, **kwargs)
+
+    def compute_rewards(self, scores, logprobs, ref_logprobs, masks):
+        """Keep the batch's ref_logprobs (batch, length, vocabulary) for the loss."""
+        self.ref_logprobs = ref_logprobs
+        return super().compute_rewards(scores, logprobs, ref_logprobs, masks)
+
+    def compute_advantages(self, values, rewards, mask):
+        """Leave the advantages in units of the score: whitening would blow up the noise of a batch without news."""
+        values, _, returns = super().compute_advantages(values, rewards, mask)
+        return values, (returns - values) * mask, returns
+
+    def loss(self, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns):
+        """Add KL_COEF times the mean KL_t of the response tokens to TRL's policy loss."""
+        policy_loss, value_loss, stats = super().loss(
+            old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns
+        )
+        kl = self._kl_penalty(torch.log_softmax(logits, dim=-1), self.ref_logprobs[self.rows])
+        return policy_loss + self.kl_ctl.value * masked_mean(kl, mask), value_loss, stats
+
+
+def build_trainer(policy, tokenizer, settings, device, dtype):
+    """Return the trainer with an optimizer that holds the adapter and the value head, and nothing else."""
+    accelerator = {"cpu": device == "cpu"}
+    if device == "cuda" and dtype == torch.float16:
+        accelerator["mixed_precision"] = "fp16"  # scales the loss, since small gradients vanish in float16
+    config = PPOConfig(
+        **{name: getattr(settings, name) for name in ("seed", "batch_size", "ppo_epochs", "learning_rate")},
+        **{name: getattr(settings, name) for name in ("vf_coef", "gamma", "lam")},
+        mini_batch_size=settings.mini_batch_size or settings.batch_size,
+        max_grad_norm=settings.max_grad_norm or None,
+        cliprange=settings.clip_range,
+        cliprange_value=settings.value_clip_range,
+        init_kl_coef=settings.kl_coef,
+        adap_kl_ctrl=False,  # TRL's controller takes some 10,000 samples to act
+        kl_penalty="full",
+        accelerator_kwargs=accelerator,
+    )
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    tokenizer.padding_side = "right"  # in the loss, so that positions count from 0 as they do without padding
+    optimizer = torch.optim.Adam(trained, lr=settings.learning_rate)
+    trainer = ExactKLTrainer(config, policy, None, tokenizer, optimizer=optimizer)
+    trainer.model_params = trained  # TRL's is a generator, empty after one use: no later gradient would be clipped
+    return trainer
+
+
+def adapt_learning_rate(learning_rate, approx_kl, target):
+    """Return the next rate: 1.5 times higher after a step of less than half the target, lower after over twice.
+
+    The rates that suit small and large models differ by orders of magnitude; the nats that a step moves do not.
+    """
+    if approx_kl < target / 2:
+        return learning_rate * 1.5
+    return learning_rate / 1.5 if approx_kl > target * 2 else learning_rate
+
+
+# ------------------------------------------------------------------------------------------------------- training
+def count_steps(settings):
+    """Return how many batches TRAINING_EPOCHS passes over PROMPTS take; the last one is filled up."""
+    return math.ceil(settings.training_epochs * len(settings.prompts) / settings.batch_size)
+
+
+def train(trainer, tokenizer, reward, settings, metrics, stop):
+    """Take PPO steps until the samples are used up or a signal came; append a record of each to metrics."""
+    total_steps, start = count_steps(settings), time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
+    log = Log(total_steps, metrics, settings)
+    for step in range(len(metrics), total_steps):
+        indices = range(step * settings.batch_size, (step + 1) * settings.batch_size)
+        prompts = [settings.prompts[index % len(settings.prompts)] for index in indices]
+        queries, responses, texts, scores = rollout(trainer.model, tokenizer, prompts, reward)
+        stats = trainer.step(queries, responses, list(torch.tensor(scores)))
+        metrics.append(record_step(step + 1, texts, scores, stats, time.perf_counter() - start, settings))
+
+        if settings.target_approx_kl:
+            target = settings.target_approx_kl * (1 - (step + 1) / total_steps)
+            for group in trainer.optimizer.param_groups:
+                group["lr"] = adapt_learning_rate(group["lr"], metrics[-1]["approx_kl"], target)
+        log.write(metrics)
+        last = step + 1 == total_steps or stop.signal
+        if last or (settings.save_every and (step + 1) % settings.save_every == 0):
+            save_checkpoint(trainer, settings, metrics)
+        if last:
+            break
+    log.close()
+
+
+def record_step(step, texts, scores, stats, seconds, settings):
+    """Return the line of metrics.jsonl for one step, from its responses, their scores and TRL's statistics."""
+    score, samples = sum(scores) / len(scores), step * settings.batch_size
+    kl, kl_coef = float(stats["objective/kl"]), stats["objective/kl_coef"]
+    named = {"policy_loss": "loss/policy", "value_loss": "loss/value", "approx_kl": "policy/approxkl"}
+    named |= {"clip_fraction": "policy/clipfrac", "entropy": "policy/entropy", "learning_rate": "learning_rate"}
+    return {
+        "step": step,
+        "samples": samples,
+        "epoch": samples / len(settings.prompts),
+        "success_rate": sum(score > 0 for score in scores) / len(scores),
+        "score": score,
+        "reward": score - kl_coef * kl,
+        "kl": kl,  # nats per response, of the policy that sampled it
+        "kl_coef": kl_coef,
+        **{name: float(stats[f"ppo/{key}"]) for name, key in named.items()},
+        "distinct": len(set(texts)) / len(texts),
+        "seconds": seconds,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- measurement
+def measure(trainer, tokenizer, prompts, reward, settings, base):
+    """Measure the trained model, or with the adapter off the base model, on at least EVAL_SAMPLES fresh responses.
+
+    Returns the entry of report.json. Both models get the same seed: that of the prompts, which training did not use.
+    """
+    torch.manual_seed(zlib.crc32(repr((settings.seed, prompts)).encode()))
+    each = math.ceil(settings.eval_samples / len(prompts))
+    asked = [prompt for prompt in prompts for _ in range(each)]
+    texts, scores, kls, ref_logprobs, tokens = [], [], [], [], 0
+    for start in range(0, len(asked), settings.eval_batch_size):
+        with trainer.optional_peft_ctx() if base else nullcontext():  # TRL's name for "adapter off"
+            queries, responses, *rest = rollout(
+                trainer.model, tokenizer, asked[start : start + settings.eval_batch_size], reward
+            )
+            kl, ref_logprob = compare_with_base(trainer, queries, responses)
+        texts, scores = texts + rest[0], scores + rest[1]
+        kls, ref_logprobs = kls + kl.tolist(), ref_logprobs + ref_logprob.tolist()
+        tokens += sum(len(response) for response in responses)
+    groups = [slice(i * each, (i + 1) * each) for i in range(len(prompts))]
+    return {
+        "samples": len(texts),
+        "success_rate": success_rate(scores),
+        "score": sum(scores) / len(scores),
+        "kl": sum(kls) / len(kls),
+        "distinct": len(set(texts)) / len(texts),
+        "perplexity_under_base": math.exp(-sum(ref_logprobs) / tokens),
+        "success_by_prompt": {prompt: success_rate(scores[group]) for prompt, group in zip(prompts, groups)},
+        "first_sample": {prompt: texts[group][0] for prompt, group in zip(prompts, groups)},
+    }
+
+
+@torch.no_grad()
+def compare_with_base(trainer, queries, responses):
+    """Return, for each response, its KL(model || base model) in nats and the base model's log-probability of it."""
+    inputs = trainer.prepare_model_inputs(queries, responses)
+
+    def forward():
+        logprobs, logits, _, mask = trainer.batched_forward_pass(
+            trainer.model, queries, responses, inputs, return_logits=True
+        )
+        return torch.log_softmax(logits, dim=-1), (logprobs * mask).sum(-1), mask
+
+    all_logprobs, _, mask = forward()
+    with trainer.optional_peft_ctx():
+        ref_all_logprobs, ref_logprob, _ = forward()
+    return (trainer._kl_penalty(all_logprobs, ref_all_logprobs) * mask).sum(-1), ref_logprob
+
+
+def success_rate(scores):
+    """Return the share of scores above 0."""
+    return sum(score > 0 for score in scores) / len(scores)
+
+
+def kl_minimum(rate, base_rate):
+    """Return the least KL in nats from a base model that succeeds at base_rate to any policy that does at rate.
+
+    p ln(p / p0) + (1 - p) ln((1 - p) / (1 - p0)): no less by the data processing inequality, and reached by the base
+    model with the odds of success changed and nothing else.
+    """
+    return sum(p * math.log(p / p0) for p, p0 in ((rate, base_rate), (1 - rate, 1 - base_rate)) if p > 0)
+
+
+def mean_kl_minimum(base, trained):
+    """Return the kl_minimum of two measurements of the same prompts, the mean over the prompts.
+
+    A base rate of 0 or 1 is taken for half a response away from it: so few samples can't tell how near it is.
+    """
+    base_rates, rates = base["success_by_prompt"], trained["success_by_prompt"]
+    margin = 0.5 * len(base_rates) / base["samples"]
+    return sum(kl_minimum(rates[p], min(max(base_rates[p], margin), 1 - margin)) for p in rates) / len(rates)
+
+
+def evaluate(trainer, tokenizer, reward, settings):
+    """Measure base and trained model alike on both sets of prompts; return these parts of report.json."""
+    results = {"base": {}, "trained": {}}
+    for name, prompts in (("train_prompts", settings.prompts), ("eval_prompts", settings.eval_prompts)):
+        for model, measured in results.items():
+            measured[name] = measure(trainer, tokenizer, prompts, reward, settings, base=model == "base")
+            measured[name]["kl_minimum"] = mean_kl_minimum(results["base"][name], measured[name])
+    base, trained = (measured["train_prompts"] for measured in results.values())
+    variance = sum(m["success_rate"] * (1 - m["success_rate"]) / m["samples"] for m in (base, trained))
+    rise = trained["success_rate"] - base["success_rate"]
+    return {"learned": rise > 3 * math.sqrt(variance), **results}  # three standard errors: not by chance
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+def main(argv=None):
+    """Do a run with the constants, overridden by the flags in argv; return the exit status."""
+    for message in ("`PPO(Config|Trainer)` is deprecated", "No dataset is provided", ".*is_gradient_checkpointing"):
+        warnings.filterwarnings("ignore", message=message)  # what pinned libraries say of themselves helps no user
+    transformers.logging.disable_progress_bar()  # of loading weights
+    transformers.logging.set_verbosity_error()
+    try:
+        settings = read_settings(argv)
+        stop = StopSignal()
+        run(settings, stop)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"Stopped: {error}", file=sys.stderr)
+        return 1
+    except Stopped:
+        saved = "what was learned is saved. To go on, run the same line with --resume"
+        print("\nStopped;", saved if find_checkpoint(settings) else "there was nothing to save yet", file=sys.stderr)
+        return 128 + stop.signal
+    return 0
+
+
+def run(settings, stop):
+    """Load, train, measure, save and show."""
+    reward = load_reward(settings)
+    path = find_model(settings.model_name)
+    device, dtype = pick_device(settings)
+    tokenizer = load_tokenizer(path, settings)
+    torch.manual_seed(settings.seed)  # of the adapter's first values
+    policy = load_policy(path, tokenizer, settings, device, dtype)
+    trainer = build_trainer(policy, tokenizer, settings, device, dtype)
+    prepare_output(settings)
+    metrics = load_checkpoint(trainer, settings) if settings.resume else []
+    announce(policy, settings, device, dtype, metrics)
+
+    stop.after_step = True
+    train(trainer, tokenizer, reward, settings, metrics, stop)
+    stop.after_step = False
+    if stop.signal:
+        raise Stopped
+
+    print(f"\nMeasuring the model before and after, {settings.eval_samples} samples for each figure …", flush=True)
+    report = {
+        "settings": vars(settings),
+        "versions": versions(),
+        "device": device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        **evaluate(trainer, tokenizer, reward, settings),
+        "samples": metrics[-1]["samples"],
+        "seconds": metrics[-1]["seconds"],
+        "samples_per_second": metrics[-1]["samples"] / metrics[-1]["seconds"],
+        "peak_memory_mb": peak_memory_mb(device),
+    }
+    save_model(policy, tokenizer, settings)
+    write_report(report, metrics, settings)
+    print(f"{samples_table(report)}\n{verdict(report)}")
+    if not report["learned"]:
+        print("Try more TRAINING_EPOCHS, a lower KL_COEF, or prompts for which the base model succeeds now and then.")
+    print(f"\nThe model, its report and training.png are in {settings.output_dir}/. To load it:\n")
+    print(loading_snippet(settings))
+
+
+# ------------------------------------------------------------------------------------------------------- settings
+class SettingsError(Exception):
+    """Settings or input that can't work; each problem names a setting, its value and the remedy."""
+
+    def __init__(self, *problems):
+        super().__init__("\n".join(["Nothing was started or changed:", *(f"- {problem}" for problem in problems)]))
+
+
+class RunError(Exception):
+    """A failure in the middle of a run that the user can mend."""
+
+
+def shorten(value, length=80):
+    """Return the first line of the value's text, of at most so many characters."""
+    text = str(value).strip()
+    line = text.splitlines()[0] if text else "empty"
+    return line if line == text and len(line) <= length else line[: length - 1] + "…"
+
+
+def constants():
+    """Return {name: (section, default, comment)} for the constants at the top of this file."""
+    found, section = {}, ""
+    for line in Path(__file__).read_text(encoding="utf-8").splitlines():
+        section = line[6:] if line.startswith("# --- ") else section
+        if match := re.match(r"([A-Z_]+) = .*?  # (.*)", line):
+            found[match[1]] = (section, globals()[match[1]], match[2])
+    return found
+
+
+def read_settings(argv):
+    """Return the constants, overridden by flags, as a namespace with lower-case names, or raise all that is wrong."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--flag VALUE …]   (each flag overrides a constant of the file for this run)",
+        description=__doc__.splitlines()[0],
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=118),
+        allow_abbrev=False,
+    )
+    groups = {}
+    for name, (section, default, comment) in constants().items():
+        shown = " ".join(map(repr, default)) if isinstance(default, list) else default
+        groups[section] = group = groups.get(section) or parser.add_argument_group(section)
+        flag = "--" + name.lower().replace("_", "-")
+        group.add_argument(flag, nargs="*", dest=name, metavar="", help=f"{comment} [{shown}]".replace("%", "%%"))
+    given, unknown = parser.parse_known_args(argv)
+    problems, settings = [f"{text}: there is no such flag; --help lists all" for text in unknown], SimpleNamespace()
+    for name, (_, default, _) in constants().items():
+        words = getattr(given, name)
+        try:
+            value = default if words is None else convert(words, default)
+        except ValueError as error:
+            value = default
+            problems.append(f"{name} is {shorten(' '.join(words))}: give {error}")
+        setattr(settings, name.lower(), value)
+    problems += check_settings(settings) + check_places(settings)
+    if problems:
+        raise SettingsError(*problems)
+    return settings
+
+
+def convert(words, default):
+    """Return the words behind a flag as a value of the default's type; a ValueError says what would be one."""
+    kind = type(default)
+    if kind is list or (kind is bool and not words):
+        return words or kind is bool
+    try:
+        (word,) = words
+        value = {"true": True, "false": False}[word] if kind is bool else kind(word)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+        return value
+    except (ValueError, KeyError):
+        wanted = {bool: "true or false", int: "one whole number", float: "one number", str: "one value"}
+        raise ValueError(wanted[kind]) from None
+
+
+def check_settings(settings):
+    """Return a line for each impossible value or combination: name, value, remedy."""
+    batch_size = max(settings.batch_size, 1)
+    divisors = [0, *(size for size in range(1, batch_size + 1) if batch_size % size == 0)]
+    shared = sorted(set(settings.prompts) & set(settings.eval_prompts))
+    rules = [
+        ("LORA_RANK LORA_ALPHA TRAINING_EPOCHS BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS", lambda v: v >= 1, "1 or more"),
+        ("EVAL_SAMPLES EVAL_BATCH_SIZE LOG_EVERY", lambda v: v >= 1, "1 or more"),
+        ("LEARNING_RATE TEMPERATURE CLIP_RANGE VALUE_CLIP_RANGE", lambda v: v > 0, "a number above 0"),
+        ("TARGET_APPROX_KL KL_COEF VF_COEF MAX_GRAD_NORM SAVE_EVERY SEED", lambda v: v >= 0, "0 or more"),
+        ("GAMMA LAM", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+        ("MINI_BATCH_SIZE", divisors.__contains__, f"a divisor of BATCH_SIZE {batch_size}, one of {divisors}"),
+        (
+            "LORA_TARGETS PROMPTS EVAL_PROMPTS POSITIVE_WORDS",
+            lambda v: v and all(map(str.strip, v)),
+            "one or more texts, none empty",
+        ),
+        ("EVAL_PROMPTS", lambda v: not shared, f"prompts that are not in PROMPTS, as {shared} is"),
+        ("QUANTIZATION", ("none", "8bit", "4bit").__contains__, "none, 8bit or 4bit"),
+        ("DTYPE", ("auto", "float32", "bfloat16", "float16").__contains__, "auto, float32, bfloat16 or float16"),
+        ("DTYPE", lambda v: v != "float16" or pick_device(settings)[0] != "cpu", "float32 or bfloat16 on a CPU"),
+        ("DEVICE", ("auto", "cpu", "cuda").__contains__, "auto, cpu or cuda"),
+        ("DEVICE", lambda v: v != "cuda" or torch.cuda.is_available(), "cpu, since PyTorch sees no GPU"),
+        ("REPORT_TO", ("none", "tensorboard").__contains__, "none or tensorboard"),
+        ("REPORT_TO", lambda v: v != "tensorboard" or importlib.util.find_spec(v), "none, or pip install it"),
+        (
+            "REWARD",
+            re.compile(r"positive_word_reward|.+\.py:\w+").fullmatch,
+            "positive_word_reward or FILE.py:FUNCTION",
+        ),
+    ]
+    return [
+        f"{name} is {shorten(value)}: give {remedy}"
+        for names, holds, remedy in rules
+        for name in names.split()
+        if not holds(value := getattr(settings, name.lower()))
+    ]
+
+
+def check_places(settings):
+    """Return a line for each file or folder that can't be read or written as the settings want it."""
+    problems, output, model = [], Path(settings.output_dir), Path(settings.model_name)
+    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+        if existing == output.absolute() and any(output.iterdir()) and not is_run(output):
+            problems.append("it holds files that are not a run's")
+        if model.is_dir() and model.resolve().is_relative_to(output.resolve()):
+            problems.append("MODEL_NAME is read from there")
+    except OSError as error:
+        problems.append(f"{existing} can't be written: {error.strerror}")
+    problems = [f"OUTPUT_DIR is {shorten(output)}: {problem}: name another folder" for problem in problems]
+    if model.is_file() or (not model.is_dir() and settings.model_name.startswith(("/", ".", "~"))):
+        problems.append(f"MODEL_NAME is {shorten(model)}: there is no such folder: name one, or a model on the Hub")
+    return problems + (check_resume(settings) if settings.resume else [])
+
+
+def load_reward(settings):
+    """Return the function from the text of a response to its score that REWARD names."""
+    if settings.reward == "positive_word_reward":
+        return lambda text: positive_word_reward(text, settings.positive_words)
+    path, _, name = settings.reward.rpartition(":")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+    except Exception as error:  # the file is the user's and may raise anything
+        raise SettingsError(f"REWARD is {settings.reward}: it can't be loaded: {error!r}") from error
+
+
+def find_model(name):
+    """Return a local folder with the model, fetched from the Hub where the cache lacks it.
+
+    The Hub gets 8 seconds to answer; without an answer the copy in the cache has to do.
+    """
+    if Path(name).is_dir():
+        return name
+    answers = []
+
+    def ask():
+        try:
+            answers.append(HfApi().model_info(name, timeout=6))
+        except Exception as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a host can outlast the time limit of a request
+    thread.start()
+    thread.join(8)
+    answer = answers[0] if answers else TimeoutError("no answer within 8 seconds")
+    if isinstance(answer, HFValidationError | RepositoryNotFoundError | GatedRepoError):
+        raise SettingsError(f"MODEL_NAME is {shorten(name)}: no folder here, and no model on the Hub that you may read")
+    online = isinstance(answer, ModelInfo)
+    endings = (".json", ".safetensors", ".model", ".txt", ".jinja")
+    try:
+        if not online:
+            return snapshot_download(name, local_files_only=True)
+        print(f"Fetching what the cache lacks of {name} from the Hub", flush=True)
+        wanted = [file.rfilename for file in answer.siblings if file.rfilename.endswith(endings)]
+        wanted = [file for file in wanted if "/" not in file]  # folders hold the same weights in other formats
+        return snapshot_download(name, revision=answer.sha, allow_patterns=wanted)
+    except Exception as error:
+        if online:
+            raise SettingsError(
+                f"MODEL_NAME is {name}: its download broke off ({shorten(error)}): try again"
+            ) from error
+        command = f"python {sys.argv[0]} --model-name {os.path.relpath(Path(__file__).parent / 'demo_model')}"
+        raise SettingsError(
+            f"MODEL_NAME is {shorten(name)}: no folder here, not in the cache, and the Hub can't be reached "
+            f"({shorten(answer)}). This runs offline:\n\n    {command}\n"
+        ) from error
+
+
+def bad_model(settings, error):
+    """Return the SettingsError for a model that can't be loaded."""
+    remedy = "name a causal language model with config.json, *.safetensors and a tokenizer"
+    return SettingsError(f"MODEL_NAME is {settings.model_name}: {shorten(error, 200)}: {remedy}")
+
+
+def pick_device(settings):
+    """Return the device, cuda or cpu, and the dtype of the frozen weights."""
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.dtype != "auto":
+        return device, getattr(torch, settings.dtype, None)
+    if device == "cpu":
+        return device, torch.float32
+    return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+class Stopped(KeyboardInterrupt):
+    """Raised where Ctrl-C or SIGTERM ends the run."""
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a stop after the current training step, and a second one into a stop at once."""
+
+    def __init__(self):
+        self.signal = None  # its number, once it came
+        self.after_step = False  # True while training
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        at_once = self.signal or not self.after_step
+        self.signal = number
+        if at_once:
+            raise Stopped
+        print("\nStopping after this step; once more to stop at once", file=sys.stderr)
+
+
+def is_run(folder):
+    """Return whether a run left the folder."""
+    return any((folder / name).exists() for name in ("metrics.jsonl", "report.json", "checkpoint"))
+
+
+def prepare_output(settings):
+    """Make OUTPUT_DIR; move an earlier run found there aside to OUTPUT_DIR-1, -2, …, unless it is to go on."""
+    output = Path(settings.output_dir)
+    if is_run(output) and not settings.resume:
+        aside = next(path for n in itertools.count(1) if not (path := Path(f"{output}-{n}")).exists())
+        output.rename(aside)
+        print(f"The earlier run in {output}/ was moved to {aside}/")
+    output.mkdir(parents=True, exist_ok=True)
+
+
+def find_checkpoint(settings):
+    """Return the folder of the last whole checkpoint, or None."""
+    folders = (Path(settings.output_dir, name) for name in ("checkpoint", "checkpoint.old"))
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def save_checkpoint(trainer, settings, metrics):
+    """Save all that a run needs to go on: written beside the last checkpoint, then put in its place."""
+    tensors = {f"model.{name}": value for name, value in trainer.model.named_parameters() if value.requires_grad}
+    for index, moments in trainer.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+    tensors["random.torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    kind, keys, *others = numpy.random.get_state()
+    state = {
+        "settings": vars(settings),
+        "versions": versions(),
+        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+        "scaler": trainer.accelerator.scaler.state_dict() if trainer.accelerator.scaler else None,
+        "random.numpy": [kind, keys.tolist(), *others],
+        "metrics": metrics,
+    }
+    folder = Path(settings.output_dir, "checkpoint")
+    new, old = folder.with_suffix(".new"), folder.with_suffix(".old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, new / "state.safetensors")
+    (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    for path in new.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_resume(settings):
+    """Return a line for each setting that would make the rest of the run another one than its checkpoint's."""
+    folder = find_checkpoint(settings)
+    if folder is None:
+        return [f"RESUME is True: there is no checkpoint in {settings.output_dir}: start without it"]
+    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))["settings"]
+    free = "output_dir training_epochs eval_prompts eval_samples eval_batch_size log_every save_every resume report_to"
+    return [
+        f"{name.upper()} is {shorten(value)}, but {shorten(saved.get(name))} in the checkpoint: give that or start anew"
+        for name, value in vars(settings).items()
+        if value != saved.get(name) and name not in free.split()
+    ]
+
+
+def load_checkpoint(trainer, settings):
+    """Put the trainer and all random states back to the last checkpoint; return its metrics."""
+    folder = find_checkpoint(settings)
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "state.safetensors")
+    parameters, moments = dict(trainer.model.named_parameters()), {}
+    for name, tensor in tensors.items():
+        kind, _, name = name.partition(".")
+        if kind == "model":
+            parameters[name].data.copy_(tensor)
+        elif kind == "optimizer":
+            index, key = name.split(".")
+            moments.setdefault(int(index), {})[key] = tensor
+    trainer.optimizer.load_state_dict(trainer.optimizer.state_dict() | {"state": moments})
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = state["learning_rate"]
+    if state["scaler"]:
+        trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(tensors["random.torch"])
+    if "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    kind, keys, *others = state["random.numpy"]
+    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *others))
+    return state["metrics"]
+
+
+# ----------------------------------------------------------------------------------------------- screen and report
+def announce(policy, settings, device, dtype, metrics):
+    """Print what is going to happen."""
+    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in policy.parameters())
+    asked, samples = settings.training_epochs * len(settings.prompts), count_steps(settings) * settings.batch_size
+    filled = f" ({asked} asked for, the last step filled up)" if samples > asked else ""
+    words = f"+1 for a response with one of {len(settings.positive_words)} positive words, else -1"
+    print(f"Model     {settings.model_name}, {total:,} parameters, {trained:,} of them trained")
+    print(f"Device    {device_name(device)}, {str(dtype).removeprefix('torch.')} weights")
+    print(f"Prompts   {len(settings.prompts)} to train on, {len(settings.eval_prompts)} held out")
+    print(f"Reward    {words if settings.reward == 'positive_word_reward' else settings.reward}")
+    print(f"Training  {samples} samples{filled} in {count_steps(settings)} steps, seed {settings.seed}")
+    print(
+        f"Output    {settings.output_dir}/{', going on after step ' + str(len(metrics)) if metrics else ''}\n",
+        flush=True,
+    )
+
+
+class Log:
+    """Keeps metrics.jsonl, and shows progress: a live bar on a terminal, elsewhere a line every LOG_EVERY steps."""
+
+    def __init__(self, total_steps, metrics, settings):
+        self.total_steps, self.done, self.settings, self.start = (
+            total_steps,
+            len(metrics),
+            settings,
+            time.perf_counter(),
+        )
+        self.file = open(Path(settings.output_dir, "metrics.jsonl"), "w", encoding="utf-8", buffering=1)
+        self.file.writelines(json.dumps(record) + "\n" for record in metrics)  # of a run that goes on
+        shape = "{n_fmt}/{total_fmt} steps |{bar:20}| {remaining} left, {desc}"
+        self.bar = tqdm(total=total_steps, initial=self.done, bar_format=shape, disable=not sys.stderr.isatty())
+        self.tensorboard = None
+        if settings.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter  # only here: it need not be installed
+
+            self.tensorboard = SummaryWriter(Path(settings.output_dir, "tensorboard"), purge_step=self.done + 1)
+
+    def write(self, metrics):
+        """Write down the last record, and show how the last 100 samples did."""
+        step, settings = len(metrics), self.settings
+        self.file.write(json.dumps(metrics[-1]) + "\n")
+        for name, value in metrics[-1].items() if self.tensorboard else ():
+            self.tensorboard.add_scalar(name, value, step)
+        rate, score, kl = (recent(metrics, name, settings) for name in ("success_rate", "score", "kl"))
+        text = f"success {rate:4.0%}, score {score:+.2f}, KL {kl:.2f}"
+        self.bar.set_description_str(text, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (step % settings.log_every == 0 or step == self.total_steps):
+            left = (time.perf_counter() - self.start) / (step - self.done) * (self.total_steps - step)
+            print(f"step {step}/{self.total_steps}, {timedelta(seconds=int(left))} left, {text}", flush=True)
+
+    def close(self):
+        """Leave the bar as it stands and the files complete."""
+        self.bar.close()
+        self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+
+
+def recent(metrics, name, settings, samples=100):
+    """Return the mean of a metric over the steps of the last samples."""
+    values = [record[name] for record in metrics[-math.ceil(samples / settings.batch_size) :]]
+    return sum(values) / len(values)
+
+
+def device_name(device):
+    """Return the device in words."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU with {torch.get_num_threads()} threads"
+
+
+def versions():
+    """Return the versions that a result depends on."""
+    names = ("torch", "transformers", "trl", "peft", "accelerate")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def peak_memory_mb(device):
+    """Return the most memory held so far in MB (10^6 bytes): the GPU's on a GPU, else the process's."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 1e6
+    import resource  # there is none on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def save_model(policy, tokenizer, settings):
+    """Save the policy as an ordinary model, with the adapter merged into its weights, and the tokenizer."""
+    model = policy.pretrained_model
+    if settings.quantization != "none":  # merged into 4 or 8 bits, most of the update would be rounded away
+        adapter, lora = get_peft_model_state_dict(model), model.peft_config["default"]
+        model = get_peft_model(model.unload().dequantize(), lora)
+        set_peft_model_state_dict(model, adapter)
+    tokenizer.padding_side = "left"  # as generation needs it
+    model.merge_and_unload().save_pretrained(settings.output_dir)
+    tokenizer.save_pretrained(settings.output_dir)
+
+
+def draw(report, metrics, settings):
+    """Draw training.png: the learning curve and, beside it, success against KL under the line of the possible."""
+    from matplotlib.figure import Figure  # here, since it takes a second to load
+
+    blue, orange, grey = "#0072B2", "#D55E00", "#666666"  # told apart by colour-blind readers too
+    base, trained = report["base"]["train_prompts"], report["trained"]["train_prompts"]
+    samples = [record["samples"] for record in metrics]
+    rate, score, kl = (
+        [recent(metrics[: i + 1], name, settings) for i in range(len(metrics))]
+        for name in ("success_rate", "score", "kl")
+    )
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(samples, rate, color=blue, label="success rate")
+    left.plot(samples, score, color=blue, linestyle=":", label="score")
+    left.axhline(base["success_rate"], color=grey, linestyle="-.", linewidth=1, label="success rate of the base model")
+    left.set(xlabel="samples", ylabel="success rate, score", title="Learning (means of the last 100 samples)")
+    nats = left.twinx()
+    nats.plot(samples, kl, color=orange, linestyle="--", label="KL")
+    nats.set_ylabel("KL against the base model (nats per response)", color=orange)
+    nats.set_ylim(bottom=0)
+    left.legend(handles=[*left.lines, *nats.lines], loc="lower right", fontsize=8)
+
+    margin = 0.5 / base["samples"]
+    base_rate = min(max(base["success_rate"], margin), 1 - margin)
+    rates = numpy.linspace(base_rate, 1, 200)
+    right.plot([kl_minimum(r, base_rate) for r in rates], rates, color="black", label="least KL for a success rate")
+    points = right.scatter(kl, rate, c=samples, cmap="cividis", s=14, label="training, mean of the last 100 samples")
+    figure.colorbar(points, label="samples")
+    right.plot(0, base["success_rate"], "s", color=grey, markersize=8, label="base model, measured")
+    right.plot(trained["kl"], trained["success_rate"], "*", color=orange, markersize=15, label="trained, measured")
+    right.set(xlabel="KL against the base model (nats per response)", ylabel="success rate", title="What success costs")
+    right.legend(loc="lower right", fontsize=8)
+    figure.savefig(Path(settings.output_dir, "training.png"), dpi=100)
+
+
+def samples_table(report):
+    """Return a table of the first response to each prompt, not a chosen one, before and after."""
+    lines, widths = [], (24, 40, 40)
+    for title, prompts in (("PROMPT", "train_prompts"), ("HELD-OUT PROMPT", "eval_prompts")):
+        before, after = (report[model][prompts]["first_sample"] for model in ("base", "trained"))
+        for row in [(title, "BEFORE", "AFTER"), *((prompt, before[prompt], after[prompt]) for prompt in before)]:
+            cells = [wrap(cell.strip(), width) for cell, width in zip(row, widths)]
+            for parts in itertools.zip_longest(*cells, fillvalue=""):
+                lines.append("  ".join(f"{part:{width}}" for part, width in zip(parts, widths)).rstrip())
+        lines.append("")
+    return "\n".join(lines)
+
+
+def verdict(report):
+    """Return the result in words."""
+    (base, base_eval), (trained, trained_eval) = (report[model].values() for model in ("base", "trained"))
+    text = (
+        f"{trained['success_rate']:.0%} success at {trained['kl']:.1f} nats of KL (the least possible is "
+        f"{trained['kl_minimum']:.1f}), from {base['success_rate']:.0%}; on held-out prompts "
+        f"{trained_eval['success_rate']:.0%}, from {base_eval['success_rate']:.0%}."
+    )
+    return text if report["learned"] else f"{text}\nThat is no rise beyond chance: this run did not learn."
+
+
+def loading_snippet(settings):
+    """Return Python that loads the model and lets it speak."""
+    folder = settings.output_dir if os.path.isabs(settings.output_dir) else f"./{settings.output_dir}"
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+model = AutoModelForCausalLM.from_pretrained({folder!r})
+print(tokenizer.decode(model.generate(**tokenizer({settings.prompts[0]!r}, return_tensors="pt"))[0]))"""
+
+
+def write_report(report, metrics, settings):
+    """Write report.json, training.png and the model card README.md."""
+    columns = [report[model][p] for p in ("train_prompts", "eval_prompts") for model in ("base", "trained")]
+    names = ("success_rate", "score", "kl", "kl_minimum", "distinct", "perplexity_under_base")
+    figures = "\n".join(
+        f"| {name} | " + " | ".join(f"{column[name]:.2f}" for column in columns) + " |" for name in names
+    )
+    card = f"""# {Path(settings.model_name).name}, fine-tuned with PPO
+
+{verdict(report)}
+
+Trained by `train_rlhf.py` on {report["samples"]} samples in {report["seconds"]:.0f} seconds on {report["device"]},
+seed {settings.seed}; the LoRA adapter is merged into the weights. `report.json` has every setting and figure.
+
+![Learning curve, and success against KL](training.png)
+
+| | base | trained | base, held-out prompts | trained, held-out prompts |
+|---|---|---|---|---|
+{figures}
+
+KL is in nats per response; `distinct` is the share of different responses.
+
+```
+{samples_table(report)}```
+
+```python
+{loading_snippet(settings)}
+```
+"""
+    Path(settings.output_dir, "README.md").write_text(card, encoding="utf-8")
+    Path(settings.output_dir, "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    draw(report, metrics, settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
