@@ -69,6 +69,7 @@ POSITIVE_WORDS = [  # a response with one of these as a whole word, in any case,
     "happy", "glad", "good", "great", "smile", "joy", "love", "wonderful", "amazing", "excited", "pleased",
     "delighted", "cheerful", "grateful", "blessed", "fantastic",
 ]  # fmt: skip
+SCORE_PREFIXES = True  # a token earns what it adds to the score of the text so far; False = the last one gets it all
 REWARD = "positive_word_reward"  # scores a response: that, or my_file.py:my_function from its text to a number
 
 # --- Rollout
@@ -79,7 +80,7 @@ TEMPERATURE = 1.0  # divides the logits of policy and base model everywhere; 1.0
 
 # --- PPO
 LEARNING_RATE = 3e-4  # of the first step; the later ones follow TARGET_APPROX_KL
-TARGET_APPROX_KL = 0.02  # wanted size of a step in nats per token, falling to 0; 0 = LEARNING_RATE stays as it is
+TARGET_APPROX_KL = 0.0025  # size that a step aims at, in nats per token, falling to 0; 0 = LEARNING_RATE stays
 PPO_EPOCHS = 4  # passes over a batch; 1 = every sample is used once, and nothing is ever clipped
 MINI_BATCH_SIZE = 0  # responses in one update, a divisor of BATCH_SIZE; less saves memory; 0 = the whole batch
 KL_COEF = 0.2  # price of one nat of KL against the base model, in units of the score; 0 = free to drift away
@@ -87,7 +88,7 @@ CLIP_RANGE = 0.2  # PPO's epsilon: nothing is gained by a probability ratio outs
 VALUE_CLIP_RANGE = 0.2  # how far one step may move a value, in units of the score
 VF_COEF = 0.1  # weight of the value loss in the loss; 0 = the value head stays at zero
 GAMMA = 1.0  # discount per token; 1.0 = none: a response is short, and its score comes at the end
-LAM = 1.0  # GAE's lambda: 1.0 trusts what happened, 0.0 trusts the value head
+LAM = 0.95  # GAE's lambda: 1.0 trusts what happened, 0.0 trusts the value head
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0 = off
 
 # --- Run
@@ -217,16 +218,31 @@ def score_response(reward, prompt, text):
     return float(score)
 
 
+def score_tokens(reward, tokenizer, prompt, query, response, score):
+    """Return what each token of a response adds to its score, a tensor as long as the response.
+
+    The sum is the score of the response less that of an empty one, so the best policy stays the best (potential-based
+    shaping, Ng, Harada and Russell 1999), but now it shows which token made the difference.
+    """
+    starts = [response_text(tokenizer, query, response[:length]) for length in range(len(response))]
+    before = torch.tensor([score_response(reward, prompt, text) for text in starts])
+    return torch.cat([before[1:], torch.tensor([score])]) - before
+
+
 # ------------------------------------------------------------------------------------------------------- PPO step
 class ExactKLTrainer(PPOTrainer):
-    """TRL's PPOTrainer with the exact KL of each position in the reward and, with its gradient, in the loss.
+    """TRL's PPOTrainer with exact KLs, over the whole vocabulary, and with a reward for each token.
 
-    With kl_penalty="full" TRL puts KL_t = sum_v p(v) ln(p(v) / p_ref(v)), over the whole vocabulary, into the reward
-    where it usually puts ln(p / p_ref) of the sampled token: the same mean with far less noise. But KL_t does not
-    depend on the token sampled at t, so that reward can't teach the policy to lower it. The gradient of KL_t
-    therefore joins the loss; the policy gradient of a reward that depends on the parameters has both terms:
-    grad E[R] = E[R grad ln p] + E[grad R].
+    With kl_penalty="full" TRL puts KL_t = sum_v p(v) ln(p(v) / p_ref(v)) into the reward where it usually puts
+    ln(p / p_ref) of the sampled token: the same mean with far less noise. But KL_t does not depend on the token sampled
+    at t, so that reward can't teach the policy to lower it. The gradient of KL_t therefore joins the loss; the policy
+    gradient of a reward that depends on the parameters has both terms: grad E[R] = E[R grad ln p] + E[grad R].
     """
+
+    def step(self, queries, responses, token_scores):
+        """Take a PPO step; token_scores are what each token of each response earns, 1-D tensors."""
+        self.token_scores = token_scores
+        return super().step(queries, responses, [scores.sum() for scores in token_scores])
 
     def prepare_model_inputs(self, queries, responses):
         """Number the rows of the batch, so that a shuffled minibatch finds its ref_logprobs."""
@@ -241,9 +257,13 @@ class ExactKLTrainer(PPOTrainer):
         return super().batched_forward_pass(model, queries, responses, inputs, *args, **kwargs)
 
     def compute_rewards(self, scores, logprobs, ref_logprobs, masks):
-        """Keep the batch's ref_logprobs (batch, length, vocabulary) for the loss."""
-        self.ref_logprobs = ref_logprobs
-        return super().compute_rewards(scores, logprobs, ref_logprobs, masks)
+        """Spread the score over the tokens; keep both logprobs (batch, length, vocabulary) for the loss."""
+        self.old_logprobs, self.ref_logprobs = logprobs, ref_logprobs
+        _, non_score_rewards, kls = super().compute_rewards(scores, logprobs, ref_logprobs, masks)
+        rewards = non_score_rewards.clone()
+        for row, mask, token_scores in zip(rewards, masks, self.token_scores):
+            row[mask.bool()] += token_scores.to(row.device)
+        return rewards, non_score_rewards, kls
 
     def compute_advantages(self, values, rewards, mask):
         """Leave the advantages in units of the score: whitening would blow up the noise of a batch without news."""
@@ -251,12 +271,18 @@ class ExactKLTrainer(PPOTrainer):
         return values, (returns - values) * mask, returns
 
     def loss(self, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns):
-        """Add KL_COEF times the mean KL_t of the response tokens to TRL's policy loss."""
+        """Add KL_COEF times the mean KL_t of the response tokens to TRL's policy loss; measure approxkl exactly.
+
+        TRL's approxkl, half the mean square of ln(p / p_old) of the sampled tokens, is ruled by rare tokens.
+        """
         policy_loss, value_loss, stats = super().loss(
             old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns
         )
-        kl = self._kl_penalty(torch.log_softmax(logits, dim=-1), self.ref_logprobs[self.rows])
-        return policy_loss + self.kl_ctl.value * masked_mean(kl, mask), value_loss, stats
+        all_logprobs = torch.log_softmax(logits, dim=-1)
+        kl = masked_mean(self._kl_penalty(all_logprobs, self.ref_logprobs[self.rows]), mask)
+        step_kl = masked_mean(self._kl_penalty(self.old_logprobs[self.rows], all_logprobs), mask)
+        stats["policy/approxkl"] = step_kl.detach()
+        return policy_loss + self.kl_ctl.value * kl, value_loss, stats
 
 
 def build_trainer(policy, tokenizer, settings, device, dtype):
@@ -285,13 +311,12 @@ def build_trainer(policy, tokenizer, settings, device, dtype):
 
 
 def adapt_learning_rate(learning_rate, approx_kl, target):
-    """Return the next rate: 1.5 times higher after a step of less than half the target, lower after over twice.
+    """Return the rate with which the last step would have moved by the target, but at most 1.5 times more or less.
 
-    The rates that suit small and large models differ by orders of magnitude; the nats that a step moves do not.
+    The rates that suit small and large models differ by orders of magnitude, the nats that a step moves do not; they
+    grow with the square of the rate.
     """
-    if approx_kl < target / 2:
-        return learning_rate * 1.5
-    return learning_rate / 1.5 if approx_kl > target * 2 else learning_rate
+    return learning_rate * min(max(math.sqrt(target / max(approx_kl, 1e-12)), 1 / 1.5), 1.5)
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -308,7 +333,12 @@ def train(trainer, tokenizer, reward, settings, metrics, stop):
         indices = range(step * settings.batch_size, (step + 1) * settings.batch_size)
         prompts = [settings.prompts[index % len(settings.prompts)] for index in indices]
         queries, responses, texts, scores = rollout(trainer.model, tokenizer, prompts, reward)
-        stats = trainer.step(queries, responses, list(torch.tensor(scores)))
+        token_scores = [torch.tensor([0.0] * (len(r) - 1) + [score]) for r, score in zip(responses, scores)]
+        if settings.score_prefixes:
+            token_scores = [
+                score_tokens(reward, tokenizer, *sample) for sample in zip(prompts, queries, responses, scores)
+            ]
+        stats = trainer.step(queries, responses, token_scores)
         metrics.append(record_step(step + 1, texts, scores, stats, time.perf_counter() - start, settings))
 
         if settings.target_approx_kl:
@@ -575,6 +605,7 @@ def check_settings(settings):
     batch_size = max(settings.batch_size, 1)
     divisors = [0, *(size for size in range(1, batch_size + 1) if batch_size % size == 0)]
     shared = sorted(set(settings.prompts) & set(settings.eval_prompts))
+    updates = settings.ppo_epochs * batch_size / (settings.mini_batch_size or batch_size)
     rules = [
         ("LORA_RANK LORA_ALPHA TRAINING_EPOCHS BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS", lambda v: v >= 1, "1 or more"),
         ("EVAL_SAMPLES EVAL_BATCH_SIZE LOG_EVERY", lambda v: v >= 1, "1 or more"),
@@ -595,6 +626,7 @@ def check_settings(settings):
         ("DEVICE", lambda v: v != "cuda" or torch.cuda.is_available(), "cpu, since PyTorch sees no GPU"),
         ("REPORT_TO", ("none", "tensorboard").__contains__, "none or tensorboard"),
         ("REPORT_TO", lambda v: v != "tensorboard" or importlib.util.find_spec(v), "none, or pip install it"),
+        ("TARGET_APPROX_KL", lambda v: v == 0 or updates > 1, "0, for a single update of a step can't be measured"),
         (
             "REWARD",
             re.compile(r"positive_word_reward|.+\.py:\w+").fullmatch,
