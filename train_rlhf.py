@@ -32,7 +32,8 @@ from pathlib import Path
 from textwrap import wrap
 from types import SimpleNamespace
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # complains of kernels when imported
+for chatty in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):  # one already when imported
+    logging.getLogger(chatty).setLevel(logging.ERROR)
 
 import numpy
 import psutil
@@ -127,10 +128,14 @@ def load_tokenizer(path, settings):
         raise bad_model(settings, error) from error
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # either will do: masks come from lengths
-    room = (getattr(config, "max_position_embeddings", None) or math.inf) - settings.max_new_tokens
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    room = context - settings.max_new_tokens
+    if room < 1:
+        raise SettingsError(
+            f"MAX_NEW_TOKENS is {settings.max_new_tokens}: give less than the model's context, {context}"
+        )
     problems = [
-        f"{name}: {shorten(prompt)!r} is {length} tokens long, but with MAX_NEW_TOKENS {settings.max_new_tokens} the "
-        f"model's context leaves room for {room}: shorten the prompt or lower MAX_NEW_TOKENS"
+        f"{name} has {shorten(prompt)!r} with {length} tokens: give one of at most {room}, or lower MAX_NEW_TOKENS"
         for name in ("PROMPTS", "EVAL_PROMPTS")
         for prompt in getattr(settings, name.lower())
         if (length := len(tokenizer(prompt)["input_ids"])) > room
@@ -152,6 +157,9 @@ def load_policy(path, tokenizer, settings, device, dtype):
         raise bad_model(settings, error) from error
     if loading["missing_keys"]:  # transformers would go on with random numbers
         raise bad_model(settings, f"it lacks weights such as {min(loading['missing_keys'])}")
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack the weights, for no way back
+            module.support_avx512bf16_for_cpu = False
     own = base.generation_config
     base.generation_config = GenerationConfig(  # plain sampling, whatever top-k or penalty the model came with
         **{"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0},
@@ -212,10 +220,16 @@ def positive_word_reward(text, positive_words=POSITIVE_WORDS):
 
 def score_response(reward, prompt, text):
     """Return the score of a response; letters that only prolong the prompt's last word are no word of its own."""
-    score = reward(re.sub(r"^\w+", "", text) if prompt[-1].isalnum() else text)
-    if not isinstance(score, int | float) or not math.isfinite(score):
-        raise RunError(f"REWARD gave {score!r} for {text!r}: it has to return a finite number")
-    return float(score)
+    text = re.sub(r"^\w+", "", text) if prompt[-1].isalnum() else text
+    score = None
+    try:
+        score = reward(text)
+        if not isinstance(score, str) and math.isfinite(score):
+            return float(score)
+        reason = "it has to return a finite number"
+    except Exception as error:  # the function is the user's and may raise anything
+        reason = repr(error)
+    raise RunError(f"REWARD gave {score!r} for {text!r}: {reason}")
 
 
 def score_tokens(reward, tokenizer, prompt, query, response, score):
@@ -441,11 +455,15 @@ def kl_minimum(rate, base_rate):
 def mean_kl_minimum(base, trained):
     """Return the kl_minimum of two measurements of the same prompts, the mean over the prompts.
 
-    A base rate of 0 or 1 is taken for half a response away from it: so few samples can't tell how near it is.
+    A base rate of 0 or 1 may be up to half a response away from it: so few samples can't tell how near it is.
     """
-    base_rates, rates = base["success_by_prompt"], trained["success_by_prompt"]
-    margin = 0.5 * len(base_rates) / base["samples"]
-    return sum(kl_minimum(rates[p], min(max(base_rates[p], margin), 1 - margin)) for p in rates) / len(rates)
+    margin, bounds = 0.5 * len(base["success_by_prompt"]) / base["samples"], []
+    for prompt, rate in trained["success_by_prompt"].items():
+        base_rate = base["success_by_prompt"][prompt]
+        if base_rate in (0, 1):
+            base_rate = min(max(rate, base_rate - margin), base_rate + margin)
+        bounds.append(kl_minimum(rate, base_rate))
+    return sum(bounds) / len(bounds)
 
 
 def evaluate(trainer, tokenizer, reward, settings):
@@ -464,7 +482,9 @@ def evaluate(trainer, tokenizer, reward, settings):
 # ----------------------------------------------------------------------------------------------------------- main
 def main(argv=None):
     """Do a run with the constants, overridden by the flags in argv; return the exit status."""
-    for message in ("`PPO(Config|Trainer)` is deprecated", "No dataset is provided", ".*is_gradient_checkpointing"):
+    sys.stdout.reconfigure(errors="replace")  # a model may say what the screen can't show
+    known = ["`PPO(Config|Trainer)` is deprecated", "No dataset is provided", ".*is_gradient_checkpointing"]
+    for message in [*known, "fan_in_fan_out is set to"]:
         warnings.filterwarnings("ignore", message=message)  # what pinned libraries say of themselves helps no user
     transformers.logging.disable_progress_bar()  # of loading weights
     transformers.logging.set_verbosity_error()
@@ -541,7 +561,7 @@ def shorten(value, length=80):
     """Return the first line of the value's text, of at most so many characters."""
     text = str(value).strip()
     line = text.splitlines()[0] if text else "empty"
-    return line if line == text and len(line) <= length else line[: length - 1] + "…"
+    return line if not text or (line == text and len(line) <= length) else line[: length - 1].rstrip(" .:") + "…"
 
 
 def constants():
@@ -562,39 +582,40 @@ def read_settings(argv):
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=118),
         allow_abbrev=False,
     )
+    parser.error = lambda message: (_ for _ in ()).throw(SettingsError(message))
     groups = {}
     for name, (section, default, comment) in constants().items():
         shown = " ".join(map(repr, default)) if isinstance(default, list) else default
         groups[section] = group = groups.get(section) or parser.add_argument_group(section)
         flag = "--" + name.lower().replace("_", "-")
-        group.add_argument(flag, nargs="*", dest=name, metavar="", help=f"{comment} [{shown}]".replace("%", "%%"))
+        several = {"nargs": "*"} if isinstance(default, list) else {"nargs": "?", "const": ""}
+        text = f"{comment} [{shown}]".replace("%", "%%")
+        group.add_argument(flag, dest=name, metavar="VALUE", help=text, **several)
     given, unknown = parser.parse_known_args(argv)
     problems, settings = [f"{text}: there is no such flag; --help lists all" for text in unknown], SimpleNamespace()
     for name, (_, default, _) in constants().items():
-        words = getattr(given, name)
+        value = getattr(given, name)
         try:
-            value = default if words is None else convert(words, default)
+            setattr(settings, name.lower(), default if value is None else convert(value, default))
         except ValueError as error:
-            value = default
-            problems.append(f"{name} is {shorten(' '.join(words))}: give {error}")
-        setattr(settings, name.lower(), value)
+            setattr(settings, name.lower(), default)
+            problems.append(f"{name} is {shorten(value)}: give {error}")
     problems += check_settings(settings) + check_places(settings)
     if problems:
         raise SettingsError(*problems)
     return settings
 
 
-def convert(words, default):
-    """Return the words behind a flag as a value of the default's type; a ValueError says what would be one."""
+def convert(value, default):
+    """Return what stands behind a flag as a value of the default's type; a ValueError says what would be one."""
     kind = type(default)
-    if kind is list or (kind is bool and not words):
-        return words or kind is bool
-    try:
-        (word,) = words
-        value = {"true": True, "false": False}[word] if kind is bool else kind(word)
-        if kind is float and not math.isfinite(value):
-            raise ValueError
+    if kind is list or (kind is str and value):
         return value
+    try:
+        converted = {"": True, "true": True, "false": False}[value] if kind is bool else kind(value or "?")
+        if kind is str or (kind is float and not math.isfinite(converted)):
+            raise ValueError
+        return converted
     except (ValueError, KeyError):
         wanted = {bool: "true or false", int: "one whole number", float: "one number", str: "one value"}
         raise ValueError(wanted[kind]) from None
@@ -603,16 +624,17 @@ def convert(words, default):
 def check_settings(settings):
     """Return a line for each impossible value or combination: name, value, remedy."""
     batch_size = max(settings.batch_size, 1)
-    divisors = [0, *(size for size in range(1, batch_size + 1) if batch_size % size == 0)]
     shared = sorted(set(settings.prompts) & set(settings.eval_prompts))
     updates = settings.ppo_epochs * batch_size / (settings.mini_batch_size or batch_size)
     rules = [
         ("LORA_RANK LORA_ALPHA TRAINING_EPOCHS BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS", lambda v: v >= 1, "1 or more"),
         ("EVAL_SAMPLES EVAL_BATCH_SIZE LOG_EVERY", lambda v: v >= 1, "1 or more"),
         ("LEARNING_RATE TEMPERATURE CLIP_RANGE VALUE_CLIP_RANGE", lambda v: v > 0, "a number above 0"),
-        ("TARGET_APPROX_KL KL_COEF VF_COEF MAX_GRAD_NORM SAVE_EVERY SEED", lambda v: v >= 0, "0 or more"),
+        ("TARGET_APPROX_KL KL_COEF VF_COEF MAX_GRAD_NORM SAVE_EVERY", lambda v: v >= 0, "0 or more"),
+        ("SEED", lambda v: 0 <= v < 2**32, "a number from 0 to 4294967295"),
         ("GAMMA LAM", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
-        ("MINI_BATCH_SIZE", divisors.__contains__, f"a divisor of BATCH_SIZE {batch_size}, one of {divisors}"),
+        ("MINI_BATCH_SIZE", lambda v: v >= 0, "0 or more"),
+        ("MINI_BATCH_SIZE", lambda v: v < 1 or batch_size % v == 0, f"0 or a divisor of BATCH_SIZE, {batch_size}"),
         (
             "LORA_TARGETS PROMPTS EVAL_PROMPTS POSITIVE_WORDS",
             lambda v: v and all(map(str.strip, v)),
@@ -643,19 +665,24 @@ def check_settings(settings):
 
 def check_places(settings):
     """Return a line for each file or folder that can't be read or written as the settings want it."""
-    problems, output, model = [], Path(settings.output_dir), Path(settings.model_name)
-    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    problems, output, name = [], Path(settings.output_dir), settings.model_name
     try:
-        tempfile.TemporaryFile(dir=existing).close()
-        if existing == output.absolute() and any(output.iterdir()) and not is_run(output):
-            problems.append("it holds files that are not a run's")
-        if model.is_dir() and model.resolve().is_relative_to(output.resolve()):
+        existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            problems.append(f"{existing} is a file")
+        else:
+            tempfile.TemporaryFile(dir=existing).close()
+            if existing == output.absolute() and any(output.iterdir()) and not is_run(output):
+                problems.append("it holds files that are not a run's")
+        if Path.cwd().is_relative_to(output.resolve()):
+            problems.append("it holds the folder that this is started in")
+        if os.path.isdir(name) and Path(name).resolve().is_relative_to(output.resolve()):
             problems.append("MODEL_NAME is read from there")
-    except OSError as error:
-        problems.append(f"{existing} can't be written: {error.strerror}")
+    except (OSError, ValueError) as error:
+        problems.append(f"it can't be written ({getattr(error, 'strerror', error)})")
     problems = [f"OUTPUT_DIR is {shorten(output)}: {problem}: name another folder" for problem in problems]
-    if model.is_file() or (not model.is_dir() and settings.model_name.startswith(("/", ".", "~"))):
-        problems.append(f"MODEL_NAME is {shorten(model)}: there is no such folder: name one, or a model on the Hub")
+    if os.path.isfile(name) or (not os.path.isdir(name) and name.startswith(("/", ".", "~"))):
+        problems.append(f"MODEL_NAME is {shorten(name)}: there is no such folder: name one, or a model on the Hub")
     return problems + (check_resume(settings) if settings.resume else [])
 
 
@@ -668,7 +695,10 @@ def load_reward(settings):
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return getattr(module, name)
+        function = getattr(module, name)
+        if not callable(function):
+            raise TypeError(f"{name} is no function")
+        return function
     except Exception as error:  # the file is the user's and may raise anything
         raise SettingsError(f"REWARD is {settings.reward}: it can't be loaded: {error!r}") from error
 
@@ -676,33 +706,30 @@ def load_reward(settings):
 def find_model(name):
     """Return a local folder with the model, fetched from the Hub where the cache lacks it.
 
-    The Hub gets 8 seconds to answer; without an answer the copy in the cache has to do.
+    The Hub gets 6 seconds to answer; without an answer the copy in the cache has to do.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return name
     answers = []
 
     def ask():
         try:
-            answers.append(HfApi().model_info(name, timeout=6))
+            answers.append(HfApi().model_info(name, timeout=5))
         except Exception as error:
             answers.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)  # looking up a host can outlast the time limit of a request
     thread.start()
-    thread.join(8)
-    answer = answers[0] if answers else TimeoutError("no answer within 8 seconds")
+    thread.join(6)
+    answer = answers[0] if answers else TimeoutError("no answer within 6 seconds")
     if isinstance(answer, HFValidationError | RepositoryNotFoundError | GatedRepoError):
         raise SettingsError(f"MODEL_NAME is {shorten(name)}: no folder here, and no model on the Hub that you may read")
     online = isinstance(answer, ModelInfo)
-    endings = (".json", ".safetensors", ".model", ".txt", ".jinja")
-    try:
-        if not online:
-            return snapshot_download(name, local_files_only=True)
+    if online:
         print(f"Fetching what the cache lacks of {name} from the Hub", flush=True)
-        wanted = [file.rfilename for file in answer.siblings if file.rfilename.endswith(endings)]
-        wanted = [file for file in wanted if "/" not in file]  # folders hold the same weights in other formats
-        return snapshot_download(name, revision=answer.sha, allow_patterns=wanted)
+    files = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:  # folders hold the same weights in other formats
+        return snapshot_download(name, local_files_only=not online, allow_patterns=files, ignore_patterns=["*/*"])
     except Exception as error:
         if online:
             raise SettingsError(
@@ -717,8 +744,9 @@ def find_model(name):
 
 def bad_model(settings, error):
     """Return the SettingsError for a model that can't be loaded."""
+    reason = shorten(error if " " in str(error) else repr(error), 200).rstrip(".")
     remedy = "name a causal language model with config.json, *.safetensors and a tokenizer"
-    return SettingsError(f"MODEL_NAME is {settings.model_name}: {shorten(error, 200)}: {remedy}")
+    return SettingsError(f"MODEL_NAME is {shorten(settings.model_name)}: it can't be loaded ({reason}): {remedy}")
 
 
 def pick_device(settings):
@@ -814,7 +842,11 @@ def check_resume(settings):
     folder = find_checkpoint(settings)
     if folder is None:
         return [f"RESUME is True: there is no checkpoint in {settings.output_dir}: start without it"]
-    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))["settings"]
+    try:
+        saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))["settings"]
+        load_file(folder / "state.safetensors")
+    except Exception as error:
+        return [f"RESUME is True: the checkpoint in {folder} is broken ({shorten(repr(error))}): start without it"]
     free = "output_dir training_epochs eval_prompts eval_samples eval_batch_size log_every save_every resume report_to"
     return [
         f"{name.upper()} is {shorten(value)}, but {shorten(saved.get(name))} in the checkpoint: give that or start anew"

@@ -1,0 +1,60 @@
+"""Measure time and memory of a run on a model of TinyLlama-1.1B's exact shape with random weights.
+
+    python benchmarks/tinyllama_shape.py --steps 2          # any flag of train_rlhf.py may follow
+
+The model is made in a temporary folder (2.2 GB in bfloat16, the result up to 4.4 GB) and trained as a user would train
+it. Its words mean nothing, so only seconds and memory do.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_model(folder):
+    """Save a random model of TinyLlama-1.1B-Chat-v1.0's shape (its config.json), with the demo model's tokenizer."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "demo_model").save_pretrained(folder)
+
+
+def main():
+    """Make the model, train it and print what it took."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2, help="PPO steps (default: %(default)s)")
+    options, flags = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder, "model"))
+        command = [sys.executable, ROOT / "train_rlhf.py", "--model-name", "model", "--prompts", "I feel so"]
+        command += ["--training-epochs", str(10 * options.steps), "--eval-samples", "10", *flags]
+        subprocess.run(command, cwd=folder, check=True)
+        output = Path(folder, "trained_model")
+        report = json.loads((output / "report.json").read_text())
+        seconds = [json.loads(line)["seconds"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [round(after - before, 1) for before, after in zip([0, *seconds], seconds)]
+    print(f"\n{report['device']}, {report['dtype']}: {steps if len(steps) < 9 else steps[:3] + steps[-3:]} s a step,")
+    print(f"{report['samples_per_second']:.2f} samples a second, {report['peak_memory_mb'] / 1000:.1f} GB at the peak")
+
+
+if __name__ == "__main__":
+    main()

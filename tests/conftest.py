@@ -1,0 +1,166 @@
+"""Fixtures that several test files share. Nothing here or there needs a network or a GPU."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_rlhf
+
+SMALL = ["--device", "cpu", "--batch-size", "4", "--max-new-tokens", "8", "--eval-samples", "12"]
+
+
+@pytest.fixture(scope="session")
+def script():
+    return ROOT / "train_rlhf.py"
+
+
+@pytest.fixture(scope="session")
+def demo_model():
+    return ROOT / "demo_model"
+
+
+@pytest.fixture(scope="session")
+def shared_model():
+    """Return the folder of a model that stands beside the repository, or skip."""
+
+    def find(name):
+        folder = ROOT.parent / "shared" / "models" / name
+        if not folder.is_dir():
+            pytest.skip(f"there is no ../shared/models/{name}")
+        return folder
+
+    return find
+
+
+@pytest.fixture
+def make_settings(demo_model, tmp_path):
+    """Return settings of a small run of demo_model, overridden by flags."""
+    places = ["--model-name", str(demo_model), "--output-dir", str(tmp_path / "trained_model")]
+    return lambda *flags: train_rlhf.read_settings([*places, *SMALL, *flags])
+
+
+@pytest.fixture
+def settings(make_settings):
+    return make_settings()
+
+
+@pytest.fixture(scope="session")
+def build():
+    """Return tokenizer, policy and trainer, made as train_rlhf.run makes them."""
+
+    def make(settings):
+        device, dtype = train_rlhf.pick_device(settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what TRL says of itself
+            tokenizer = train_rlhf.load_tokenizer(settings.model_name, settings)
+            torch.manual_seed(settings.seed)
+            policy = train_rlhf.load_policy(settings.model_name, tokenizer, settings, device, dtype)
+            trainer = train_rlhf.build_trainer(policy, tokenizer, settings, device, dtype)
+        return SimpleNamespace(settings=settings, tokenizer=tokenizer, policy=policy, trainer=trainer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def step():
+    """Return the statistics of one PPO step, on fresh responses if none are given, every other one of which is good."""
+
+    def take(built, queries=None, responses=None):
+        if queries is None:
+            prompts = built.settings.prompts[: built.settings.batch_size]
+            queries, responses, _, _ = train_rlhf.rollout(built.policy, built.tokenizer, prompts, lambda text: 0.0)
+        token_scores = [torch.zeros(len(response)) for response in responses]
+        for i, scores in enumerate(token_scores):
+            scores[-1] = (-1.0) ** i
+        return built.trainer.step(queries, responses, token_scores)
+
+    return take
+
+
+@pytest.fixture
+def call_main(monkeypatch, tmp_path):
+    """Call main in a fresh folder, and leave Ctrl-C as it was."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.chdir(tmp_path)
+    yield lambda *flags: train_rlhf.main([*map(str, flags)])
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def start_script(script):
+    """Start the script in a process without a GPU and without the Hub."""
+
+    def start(folder, *flags, **environment):
+        known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        known |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_ENDPOINT": "http://127.0.0.1:9"}
+        return subprocess.Popen(
+            [sys.executable, str(script), *map(str, flags)],
+            cwd=folder,
+            env=known | {"HF_HOME": str(Path(folder, "hf_home"))} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_script(start_script):
+    """Run the script to its end; return exit status, stdout and stderr."""
+
+    def run(folder, *flags, **environment):
+        process = start_script(folder, *flags, **environment)
+        try:
+            stdout, stderr = process.communicate(timeout=240)
+        finally:
+            process.kill()
+        return SimpleNamespace(status=process.returncode, stdout=stdout, stderr=stderr)
+
+    return run
+
+
+@pytest.fixture
+def copy_of_demo_model(demo_model, tmp_path):
+    """Return a copy of demo_model that a test may spoil."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in [*demo_model.glob("*.json"), demo_model / "model.safetensors"]:
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def save_random_model():
+    """Save a random model of that shape, and a tokenizer, into a folder."""
+
+    def save(config, tokenizer, folder):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def gpt2(demo_model, save_random_model, tmp_path_factory):
+    """Return the folder of a random GPT-2, whose positions are absolute, with the tokenizer of demo_model."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    config = GPT2Config(**sizes, initializer_range=0.3, **ids)
+    return save_random_model(config, tokenizer, tmp_path_factory.mktemp("gpt2"))
