@@ -18,7 +18,7 @@ import math
 import os
 import platform
 import re
-import shutil
+import runpy
 import signal
 import sys
 import tempfile
@@ -26,12 +26,14 @@ import threading
 import time
 import warnings
 import zlib
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from textwrap import wrap
 from types import SimpleNamespace
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing takes seconds; Ctrl-C in there needs no stack trace
 for chatty in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):  # one already when imported
     logging.getLogger(chatty).setLevel(logging.ERROR)
 
@@ -43,6 +45,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
@@ -85,8 +88,8 @@ TARGET_APPROX_KL = 0.0025  # size that a step aims at, in nats per token, fallin
 PPO_EPOCHS = 4  # passes over a batch; 1 = every sample is used once, and nothing is ever clipped
 MINI_BATCH_SIZE = 0  # responses in one update, a divisor of BATCH_SIZE; less saves memory; 0 = the whole batch
 KL_COEF = 0.2  # price of one nat of KL against the base model, in units of the score; 0 = free to drift away
-CLIP_RANGE = 0.2  # PPO's epsilon: nothing is gained by a probability ratio outside 1 - 0.2 to 1 + 0.2
-VALUE_CLIP_RANGE = 0.2  # how far one step may move a value, in units of the score
+CLIP_RANGE = 0.2  # PPO's epsilon: nothing is gained by a probability ratio outside 1 ± CLIP_RANGE
+VALUE_CLIP_RANGE = 0.2  # the same for a value's change in one step, in units of the score
 VF_COEF = 0.1  # weight of the value loss in the loss; 0 = the value head stays at zero
 GAMMA = 1.0  # discount per token; 1.0 = none: a response is short, and its score comes at the end
 LAM = 0.95  # GAE's lambda: 1.0 trusts what happened, 0.0 trusts the value head
@@ -110,12 +113,12 @@ class PolicyWithValueHead(AutoModelForCausalLMWithValueHead):
         super().__init__(model, summary_dropout_prob=0.0)
         self.temperature = temperature
         self.is_peft_model = True  # tells TRL that the base model is this one with its adapter off
-        self.v_head.float()
-        torch.nn.init.zeros_(self.v_head.summary.weight)  # random first values would be noise in the advantages
-        torch.nn.init.zeros_(self.v_head.summary.bias)
+        for parameter in self.v_head.float().parameters():
+            torch.nn.init.zeros_(parameter)  # random first values would be noise in the advantages
 
-    def forward(self, **inputs):
-        """Return float32 logits (batch, length, vocabulary), no loss, and values (batch, length)."""
+    def forward(self, rows=None, **inputs):
+        """Return float32 logits (batch, length, vocabulary), no loss, and values (batch, length); keep the rows."""
+        self.rows = rows  # of the batch, for ExactKLTrainer.loss
         logits, loss, values = super().forward(**inputs)
         return logits / self.temperature, loss, values
 
@@ -123,17 +126,19 @@ class PolicyWithValueHead(AutoModelForCausalLMWithValueHead):
 def load_tokenizer(path, settings):
     """Return the tokenizer, after a look at whether the prompts fit into the model's context."""
     try:
-        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        config, tokenizer = (
+            kind.from_pretrained(path, trust_remote_code=False) for kind in (AutoConfig, AutoTokenizer)
+        )
     except Exception as error:  # a broken folder can make transformers raise anything
         raise bad_model(settings, error) from error
+    if tokenizer.eos_token is None:
+        raise bad_model(settings, "its tokenizer has no end token")
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # either will do: masks come from lengths
     context = getattr(config, "max_position_embeddings", None) or math.inf
     room = context - settings.max_new_tokens
     if room < 1:
-        raise SettingsError(
-            f"MAX_NEW_TOKENS is {settings.max_new_tokens}: give less than the model's context, {context}"
-        )
+        raise SettingsError(f"MAX_NEW_TOKENS is {settings.max_new_tokens}: give less than the context of {context}")
     problems = [
         f"{name} has {shorten(prompt)!r} with {length} tokens: give one of at most {room}, or lower MAX_NEW_TOKENS"
         for name in ("PROMPTS", "EVAL_PROMPTS")
@@ -147,34 +152,35 @@ def load_tokenizer(path, settings):
 
 def load_policy(path, tokenizer, settings, device, dtype):
     """Load the base model from safetensors; add a LoRA adapter and a value head, both float32."""
-    options = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True, "output_loading_info": True}
+    options = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True, "trust_remote_code": False}
     if settings.quantization != "none":
         bits = {f"load_in_{settings.quantization}": True, "bnb_4bit_quant_type": "nf4"}
         options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
     try:
-        base, loading = AutoModelForCausalLM.from_pretrained(path, **options)
+        base, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:
         raise bad_model(settings, error) from error
     if loading["missing_keys"]:  # transformers would go on with random numbers
         raise bad_model(settings, f"it lacks weights such as {min(loading['missing_keys'])}")
     for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack the weights, for no way back
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack the weights irreversibly
             module.support_avx512bf16_for_cpu = False
     own = base.generation_config
-    base.generation_config = GenerationConfig(  # plain sampling, whatever top-k or penalty the model came with
-        **{"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0},
-        **{"max_new_tokens": settings.max_new_tokens, "bos_token_id": own.bos_token_id},
-        eos_token_id=tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    targets = settings.lora_targets[0] if settings.lora_targets == ["all-linear"] else settings.lora_targets
-    lora = LoraConfig(  # no dropout: it would change the ratio of a policy to itself
-        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=targets, lora_dropout=0.0
-    )
+    ids = {"bos_token_id": own.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids["eos_token_id"] = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+    sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}  # and no penalties
+    base.generation_config = GenerationConfig(max_new_tokens=settings.max_new_tokens, **sampling, **ids)
+    targets = "all-linear" if settings.lora_targets == ["all-linear"] else settings.lora_targets
+    # No dropout: it would change the ratio of a policy to itself.
+    lora = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=targets, lora_dropout=0.0)
     try:
-        return PolicyWithValueHead(get_peft_model(base, lora), settings.temperature).to(device)
+        model = get_peft_model(base, lora)
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if base.config.tie_word_embeddings and any(hasattr(layer, "base_layer") for layer in ends):
+            raise ValueError("this model's embeddings are tied, so the update can't be merged: leave them out")
+        return PolicyWithValueHead(model, settings.temperature).to(device)
     except ValueError as error:
-        raise SettingsError(f"LORA_TARGETS is {settings.lora_targets}: {shorten(error)}") from error
+        raise SettingsError(f"LORA_TARGETS is {settings.lora_targets}: {shorten(error, 120)}") from error
 
 
 # -------------------------------------------------------------------------------------------------------- rollout
@@ -183,7 +189,8 @@ def rollout(policy, tokenizer, prompts, reward):
 
     Returns queries and responses, 1-D tensors of token ids; the texts of the responses; their scores.
     """
-    queries = [tokenizer(prompt, return_tensors="pt")["input_ids"][0] for prompt in prompts]
+    device = policy.pretrained_model.device
+    queries = [torch.tensor(tokenizer(prompt)["input_ids"], device=device) for prompt in prompts]
     responses = generate(policy, tokenizer, queries)
     texts = [response_text(tokenizer, query, response) for query, response in zip(queries, responses)]
     return queries, responses, texts, [score_response(reward, *pair) for pair in zip(prompts, texts)]
@@ -220,23 +227,23 @@ def positive_word_reward(text, positive_words=POSITIVE_WORDS):
 
 def score_response(reward, prompt, text):
     """Return the score of a response; letters that only prolong the prompt's last word are no word of its own."""
-    text = re.sub(r"^\w+", "", text) if prompt[-1].isalnum() else text
-    score = None
+    if prompt[-1].isalnum():  # ASCII, since not every script has spaces between words
+        text = re.sub(r"^\w+", "", text, flags=re.ASCII)
     try:
         score = reward(text)
-        if not isinstance(score, str) and math.isfinite(score):
-            return float(score)
-        reason = "it has to return a finite number"
     except Exception as error:  # the function is the user's and may raise anything
-        reason = repr(error)
-    raise RunError(f"REWARD gave {score!r} for {text!r}: {reason}")
+        raise RunError(f"REWARD raised {error!r} for {text!r}") from error
+    with suppress(TypeError, ValueError, OverflowError):
+        if math.isfinite(score):  # a TypeError where it is no number
+            return float(score)
+    raise RunError(f"REWARD gave {shorten(repr(score))} for {text!r}: it has to return a finite number")
 
 
 def score_tokens(reward, tokenizer, prompt, query, response, score):
     """Return what each token of a response adds to its score, a tensor as long as the response.
 
     The sum is the score of the response less that of an empty one, so the best policy stays the best (potential-based
-    shaping, Ng, Harada and Russell 1999), but now it shows which token made the difference.
+    shaping, Ng, Harada and Russell 1999, exact for GAMMA 1), but now it shows which token made the difference.
     """
     starts = [response_text(tokenizer, query, response[:length]) for length in range(len(response))]
     before = torch.tensor([score_response(reward, prompt, text) for text in starts])
@@ -264,12 +271,6 @@ class ExactKLTrainer(PPOTrainer):
         inputs["rows"] = torch.arange(len(queries), device=self.current_device)
         return inputs
 
-    def batched_forward_pass(self, model, queries, responses, model_inputs, *args, **kwargs):
-        """Keep the row numbers, and hand the rest to the model."""
-        self.rows = model_inputs["rows"]
-        inputs = {name: value for name, value in model_inputs.items() if name != "rows"}
-        return super().batched_forward_pass(model, queries, responses, inputs, *args, **kwargs)
-
     def compute_rewards(self, scores, logprobs, ref_logprobs, masks):
         """Spread the score over the tokens; keep both logprobs (batch, length, vocabulary) for the loss."""
         self.old_logprobs, self.ref_logprobs = logprobs, ref_logprobs
@@ -280,33 +281,32 @@ class ExactKLTrainer(PPOTrainer):
         return rewards, non_score_rewards, kls
 
     def compute_advantages(self, values, rewards, mask):
-        """Leave the advantages in units of the score: whitening would blow up the noise of a batch without news."""
+        """Leave the advantages in units of the score: whitening would blow up the noise of like scores."""
         values, _, returns = super().compute_advantages(values, rewards, mask)
         return values, (returns - values) * mask, returns
 
     def loss(self, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns):
         """Add KL_COEF times the mean KL_t of the response tokens to TRL's policy loss; measure approxkl exactly.
 
-        TRL's approxkl, half the mean square of ln(p / p_old) of the sampled tokens, is ruled by rare tokens.
+        TRL's approxkl, half the mean square of ln(p / p_old) of the sampled tokens, is dominated by rare tokens.
         """
-        policy_loss, value_loss, stats = super().loss(
-            old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns
-        )
+        inputs = old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns
+        policy_loss, value_loss, stats = super().loss(*inputs)
         all_logprobs = torch.log_softmax(logits, dim=-1)
-        kl = masked_mean(self._kl_penalty(all_logprobs, self.ref_logprobs[self.rows]), mask)
-        step_kl = masked_mean(self._kl_penalty(self.old_logprobs[self.rows], all_logprobs), mask)
-        stats["policy/approxkl"] = step_kl.detach()
+        kl = masked_mean(self._kl_penalty(all_logprobs, self.ref_logprobs[self.model.rows]), mask)
+        step_kl = self._kl_penalty(self.old_logprobs[self.model.rows], all_logprobs.detach())
+        stats["policy/approxkl"] = masked_mean(step_kl, mask)
         return policy_loss + self.kl_ctl.value * kl, value_loss, stats
 
 
 def build_trainer(policy, tokenizer, settings, device, dtype):
-    """Return the trainer with an optimizer that holds the adapter and the value head, and nothing else."""
+    """Return the trainer; its optimizer, TRL's Adam, holds the adapter and the value head, and nothing else."""
     accelerator = {"cpu": device == "cpu"}
     if device == "cuda" and dtype == torch.float16:
         accelerator["mixed_precision"] = "fp16"  # scales the loss, since small gradients vanish in float16
+    same = ("seed", "batch_size", "ppo_epochs", "learning_rate", "vf_coef", "gamma", "lam")
     config = PPOConfig(
-        **{name: getattr(settings, name) for name in ("seed", "batch_size", "ppo_epochs", "learning_rate")},
-        **{name: getattr(settings, name) for name in ("vf_coef", "gamma", "lam")},
+        **{name: getattr(settings, name) for name in same},
         mini_batch_size=settings.mini_batch_size or settings.batch_size,
         max_grad_norm=settings.max_grad_norm or None,
         cliprange=settings.clip_range,
@@ -316,11 +316,10 @@ def build_trainer(policy, tokenizer, settings, device, dtype):
         kl_penalty="full",
         accelerator_kwargs=accelerator,
     )
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     tokenizer.padding_side = "right"  # in the loss, so that positions count from 0 as they do without padding
-    optimizer = torch.optim.Adam(trained, lr=settings.learning_rate)
-    trainer = ExactKLTrainer(config, policy, None, tokenizer, optimizer=optimizer)
-    trainer.model_params = trained  # TRL's is a generator, empty after one use: no later gradient would be clipped
+    trainer = ExactKLTrainer(config, policy, None, tokenizer)
+    # TRL's is an iterator, empty after one use: no later gradient would be clipped.
+    trainer.model_params = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     return trainer
 
 
@@ -343,25 +342,28 @@ def train(trainer, tokenizer, reward, settings, metrics, stop):
     """Take PPO steps until the samples are used up or a signal came; append a record of each to metrics."""
     total_steps, start = count_steps(settings), time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
     log = Log(total_steps, metrics, settings)
-    for step in range(len(metrics), total_steps):
-        indices = range(step * settings.batch_size, (step + 1) * settings.batch_size)
+    for step in range(len(metrics) + 1, total_steps + 1):
+        indices = range((step - 1) * settings.batch_size, step * settings.batch_size)
         prompts = [settings.prompts[index % len(settings.prompts)] for index in indices]
         queries, responses, texts, scores = rollout(trainer.model, tokenizer, prompts, reward)
-        token_scores = [torch.tensor([0.0] * (len(r) - 1) + [score]) for r, score in zip(responses, scores)]
         if settings.score_prefixes:
-            token_scores = [
-                score_tokens(reward, tokenizer, *sample) for sample in zip(prompts, queries, responses, scores)
-            ]
+            samples = zip(prompts, queries, responses, scores)
+            token_scores = [score_tokens(reward, tokenizer, *sample) for sample in samples]
+        else:
+            token_scores = [torch.tensor([0.0] * (len(r) - 1) + [score]) for r, score in zip(responses, scores)]
         stats = trainer.step(queries, responses, token_scores)
-        metrics.append(record_step(step + 1, texts, scores, stats, time.perf_counter() - start, settings))
+        metrics.append(record_step(step, texts, scores, stats, time.perf_counter() - start, settings))
+        numbers = [torch.tensor(list(metrics[-1].values())), *trainer.model_params]
+        if not all(number.isfinite().all() for number in numbers):
+            raise RunError(f"step {step} left numbers that are not finite: lower LEARNING_RATE or TARGET_APPROX_KL")
 
         if settings.target_approx_kl:
-            target = settings.target_approx_kl * (1 - (step + 1) / total_steps)
+            target = settings.target_approx_kl * (1 - step / total_steps)
             for group in trainer.optimizer.param_groups:
                 group["lr"] = adapt_learning_rate(group["lr"], metrics[-1]["approx_kl"], target)
         log.write(metrics)
-        last = step + 1 == total_steps or stop.signal
-        if last or (settings.save_every and (step + 1) % settings.save_every == 0):
+        last = step == total_steps or stop.signal
+        if last or (settings.save_every and step % settings.save_every == 0):
             save_checkpoint(trainer, settings, metrics)
         if last:
             break
@@ -372,13 +374,13 @@ def record_step(step, texts, scores, stats, seconds, settings):
     """Return the line of metrics.jsonl for one step, from its responses, their scores and TRL's statistics."""
     score, samples = sum(scores) / len(scores), step * settings.batch_size
     kl, kl_coef = float(stats["objective/kl"]), stats["objective/kl_coef"]
-    named = {"policy_loss": "loss/policy", "value_loss": "loss/value", "approx_kl": "policy/approxkl"}
-    named |= {"clip_fraction": "policy/clipfrac", "entropy": "policy/entropy", "learning_rate": "learning_rate"}
+    named = {"learning_rate": "learning_rate", "policy_loss": "loss/policy", "value_loss": "loss/value"}
+    named |= {"approx_kl": "policy/approxkl", "clip_fraction": "policy/clipfrac", "entropy": "policy/entropy"}
     return {
         "step": step,
         "samples": samples,
         "epoch": samples / len(settings.prompts),
-        "success_rate": sum(score > 0 for score in scores) / len(scores),
+        "success_rate": success_rate(scores),
         "score": score,
         "reward": score - kl_coef * kl,
         "kl": kl,  # nats per response, of the policy that sampled it
@@ -393,22 +395,23 @@ def record_step(step, texts, scores, stats, seconds, settings):
 def measure(trainer, tokenizer, prompts, reward, settings, base):
     """Measure the trained model, or with the adapter off the base model, on at least EVAL_SAMPLES fresh responses.
 
-    Returns the entry of report.json. Both models get the same seed: that of the prompts, which training did not use.
+    Returns the entry of report.json. The random numbers depend on SEED and the prompts alone, so they are the same for
+    both models, whatever training drew before.
     """
     torch.manual_seed(zlib.crc32(repr((settings.seed, prompts)).encode()))
     each = math.ceil(settings.eval_samples / len(prompts))
     asked = [prompt for prompt in prompts for _ in range(each)]
     texts, scores, kls, ref_logprobs, tokens = [], [], [], [], 0
-    for start in range(0, len(asked), settings.eval_batch_size):
+    starts = range(0, len(asked), settings.eval_batch_size)
+    for start in tqdm(starts, leave=False, disable=not is_terminal()):
+        batch = asked[start : start + settings.eval_batch_size]
         with trainer.optional_peft_ctx() if base else nullcontext():  # TRL's name for "adapter off"
-            queries, responses, *rest = rollout(
-                trainer.model, tokenizer, asked[start : start + settings.eval_batch_size], reward
-            )
+            queries, responses, batch_texts, batch_scores = rollout(trainer.model, tokenizer, batch, reward)
             kl, ref_logprob = compare_with_base(trainer, queries, responses)
-        texts, scores = texts + rest[0], scores + rest[1]
+        texts, scores = texts + batch_texts, scores + batch_scores
         kls, ref_logprobs = kls + kl.tolist(), ref_logprobs + ref_logprob.tolist()
-        tokens += sum(len(response) for response in responses)
-    groups = [slice(i * each, (i + 1) * each) for i in range(len(prompts))]
+        tokens += sum(map(len, responses))
+    of_prompt = {prompt: slice(i * each, (i + 1) * each) for i, prompt in enumerate(prompts)}
     return {
         "samples": len(texts),
         "success_rate": success_rate(scores),
@@ -416,26 +419,20 @@ def measure(trainer, tokenizer, prompts, reward, settings, base):
         "kl": sum(kls) / len(kls),
         "distinct": len(set(texts)) / len(texts),
         "perplexity_under_base": math.exp(-sum(ref_logprobs) / tokens),
-        "success_by_prompt": {prompt: success_rate(scores[group]) for prompt, group in zip(prompts, groups)},
-        "first_sample": {prompt: texts[group][0] for prompt, group in zip(prompts, groups)},
+        "success_by_prompt": {prompt: success_rate(scores[where]) for prompt, where in of_prompt.items()},
+        "first_sample": {prompt: texts[where][0] for prompt, where in of_prompt.items()},
     }
 
 
 @torch.no_grad()
 def compare_with_base(trainer, queries, responses):
     """Return, for each response, its KL(model || base model) in nats and the base model's log-probability of it."""
-    inputs = trainer.prepare_model_inputs(queries, responses)
-
-    def forward():
-        logprobs, logits, _, mask = trainer.batched_forward_pass(
-            trainer.model, queries, responses, inputs, return_logits=True
-        )
-        return torch.log_softmax(logits, dim=-1), (logprobs * mask).sum(-1), mask
-
-    all_logprobs, _, mask = forward()
+    batch = trainer.model, queries, responses, trainer.prepare_model_inputs(queries, responses)
+    _, logits, _, mask = trainer.batched_forward_pass(*batch, return_logits=True)
     with trainer.optional_peft_ctx():
-        ref_all_logprobs, ref_logprob, _ = forward()
-    return (trainer._kl_penalty(all_logprobs, ref_all_logprobs) * mask).sum(-1), ref_logprob
+        ref_logprobs, ref_logits, _, _ = trainer.batched_forward_pass(*batch, return_logits=True)
+    kl = trainer._kl_penalty(torch.log_softmax(logits, dim=-1), torch.log_softmax(ref_logits, dim=-1))
+    return (kl * mask).sum(-1), (ref_logprobs * mask).sum(-1)
 
 
 def success_rate(scores):
@@ -473,24 +470,24 @@ def evaluate(trainer, tokenizer, reward, settings):
         for model, measured in results.items():
             measured[name] = measure(trainer, tokenizer, prompts, reward, settings, base=model == "base")
             measured[name]["kl_minimum"] = mean_kl_minimum(results["base"][name], measured[name])
-    base, trained = (measured["train_prompts"] for measured in results.values())
-    variance = sum(m["success_rate"] * (1 - m["success_rate"]) / m["samples"] for m in (base, trained))
-    rise = trained["success_rate"] - base["success_rate"]
-    return {"learned": rise > 3 * math.sqrt(variance), **results}  # three standard errors: not by chance
+    base, trained = (measured["train_prompts"]["success_rate"] for measured in results.values())
+    pooled, samples = (base + trained) / 2, results["base"]["train_prompts"]["samples"]
+    error = math.sqrt(2 * pooled * (1 - pooled) / samples)  # standard error of the difference, were both rates one
+    return {"learned": trained - base > 3 * error, **results}
 
 
 # ----------------------------------------------------------------------------------------------------------- main
 def main(argv=None):
     """Do a run with the constants, overridden by the flags in argv; return the exit status."""
-    sys.stdout.reconfigure(errors="replace")  # a model may say what the screen can't show
-    known = ["`PPO(Config|Trainer)` is deprecated", "No dataset is provided", ".*is_gradient_checkpointing"]
-    for message in [*known, "fan_in_fan_out is set to"]:
-        warnings.filterwarnings("ignore", message=message)  # what pinned libraries say of themselves helps no user
+    with suppress(AttributeError):  # in a notebook, which shows everything anyway
+        sys.stdout.reconfigure(errors="replace")  # a model may say what the screen can't show
+    noise = r"`PPO(Config|Trainer)` is dep|No dataset is|.*is_gradient_checkpointing|fan_in_fan_out is set|std\(\)"
+    warnings.filterwarnings("ignore", message=noise)  # what pinned libraries say of themselves helps no user
     transformers.logging.disable_progress_bar()  # of loading weights
     transformers.logging.set_verbosity_error()
+    stop = StopSignal()
     try:
         settings = read_settings(argv)
-        stop = StopSignal()
         run(settings, stop)
     except SettingsError as error:
         print(error, file=sys.stderr)
@@ -498,9 +495,18 @@ def main(argv=None):
     except RunError as error:
         print(f"Stopped: {error}", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError:
+        remedy = "lower MINI_BATCH_SIZE and EVAL_BATCH_SIZE, then BATCH_SIZE and LORA_RANK, or set QUANTIZATION"
+        print(f"Stopped: the GPU has too little memory: {remedy}", file=sys.stderr)
+        return 1
     except Stopped:
-        saved = "what was learned is saved. To go on, run the same line with --resume"
-        print("\nStopped;", saved if find_checkpoint(settings) else "there was nothing to save yet", file=sys.stderr)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # a third one would find nothing left to stop
+        text = "there was nothing to save yet"
+        if stop.has_output and (path := find_checkpoint(settings)):  # else it is an earlier run's
+            step = len(read_checkpoint(path)[0]["metrics"])
+            text = f"what was learned up to step {step} is saved. To go on, run the same line with --resume"
+        print(f"\nStopped; {text}", file=sys.stderr)
         return 128 + stop.signal
     return 0
 
@@ -515,6 +521,7 @@ def run(settings, stop):
     policy = load_policy(path, tokenizer, settings, device, dtype)
     trainer = build_trainer(policy, tokenizer, settings, device, dtype)
     prepare_output(settings)
+    stop.has_output = True
     metrics = load_checkpoint(trainer, settings) if settings.resume else []
     announce(policy, settings, device, dtype, metrics)
 
@@ -531,8 +538,7 @@ def run(settings, stop):
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         **evaluate(trainer, tokenizer, reward, settings),
-        "samples": metrics[-1]["samples"],
-        "seconds": metrics[-1]["seconds"],
+        **{name: metrics[-1][name] for name in ("samples", "seconds")},
         "samples_per_second": metrics[-1]["samples"] / metrics[-1]["seconds"],
         "peak_memory_mb": peak_memory_mb(device),
     }
@@ -542,7 +548,8 @@ def run(settings, stop):
     if not report["learned"]:
         print("Try more TRAINING_EPOCHS, a lower KL_COEF, or prompts for which the base model succeeds now and then.")
     print(f"\nThe model, its report and training.png are in {settings.output_dir}/. To load it:\n")
-    print(loading_snippet(settings))
+    folder = settings.output_dir if os.path.isabs(settings.output_dir) else f"./{settings.output_dir}"
+    print(loading_snippet(folder, settings.prompts[0]))
 
 
 # ------------------------------------------------------------------------------------------------------- settings
@@ -559,9 +566,8 @@ class RunError(Exception):
 
 def shorten(value, length=80):
     """Return the first line of the value's text, of at most so many characters."""
-    text = str(value).strip()
-    line = text.splitlines()[0] if text else "empty"
-    return line if not text or (line == text and len(line) <= length) else line[: length - 1].rstrip(" .:") + "…"
+    line, *others = str(value).strip().splitlines() or ["empty"]
+    return line if not others and len(line) <= length else line[: length - 1].rstrip(" .:") + "…"
 
 
 def constants():
@@ -581,25 +587,27 @@ def read_settings(argv):
         description=__doc__.splitlines()[0],
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=118),
         allow_abbrev=False,
+        exit_on_error=False,
     )
-    parser.error = lambda message: (_ for _ in ()).throw(SettingsError(message))
     groups = {}
     for name, (section, default, comment) in constants().items():
-        shown = " ".join(map(repr, default)) if isinstance(default, list) else default
-        groups[section] = group = groups.get(section) or parser.add_argument_group(section)
-        flag = "--" + name.lower().replace("_", "-")
-        several = {"nargs": "*"} if isinstance(default, list) else {"nargs": "?", "const": ""}
-        text = f"{comment} [{shown}]".replace("%", "%%")
-        group.add_argument(flag, dest=name, metavar="VALUE", help=text, **several)
-    given, unknown = parser.parse_known_args(argv)
+        several, flag = isinstance(default, list), "--" + name.lower().replace("_", "-")
+        text = f"{comment} [{' '.join(map(repr, default)) if several else default}]".replace("%", "%%")
+        count = {"nargs": "*"} if several else {"nargs": "?", "const": ""}
+        groups[section] = groups.get(section) or parser.add_argument_group(section)
+        groups[section].add_argument(flag, dest=name.lower(), default=default, metavar="VALUE", help=text, **count)
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise SettingsError(error) from None
     problems, settings = [f"{text}: there is no such flag; --help lists all" for text in unknown], SimpleNamespace()
-    for name, (_, default, _) in constants().items():
-        value = getattr(given, name)
+    for name, value in vars(given).items():
+        default = globals()[name.upper()]
         try:
-            setattr(settings, name.lower(), default if value is None else convert(value, default))
+            setattr(settings, name, convert(value, default))
         except ValueError as error:
-            setattr(settings, name.lower(), default)
-            problems.append(f"{name} is {shorten(value)}: give {error}")
+            setattr(settings, name, default)
+            problems.append(f"{name.upper()} is {shorten(value)}: give {error}")
     problems += check_settings(settings) + check_places(settings)
     if problems:
         raise SettingsError(*problems)
@@ -607,18 +615,16 @@ def read_settings(argv):
 
 
 def convert(value, default):
-    """Return what stands behind a flag as a value of the default's type; a ValueError says what would be one."""
+    """Return the text behind a flag, or the default itself, in the default's type; a ValueError says what that is."""
     kind = type(default)
-    if kind is list or (kind is str and value):
+    if type(value) is kind and value != "":
         return value
-    try:
-        converted = {"": True, "true": True, "false": False}[value] if kind is bool else kind(value or "?")
-        if kind is str or (kind is float and not math.isfinite(converted)):
-            raise ValueError
-        return converted
-    except (ValueError, KeyError):
-        wanted = {bool: "true or false", int: "one whole number", float: "one number", str: "one value"}
-        raise ValueError(wanted[kind]) from None
+    with suppress(ValueError, KeyError):
+        if kind is bool:
+            return {"": True, "true": True, "false": False}[value.lower()]
+        if math.isfinite(float(value)):
+            return kind(value)
+    raise ValueError({bool: "true or false", int: "one whole number", float: "one number", str: "one value"}[kind])
 
 
 def check_settings(settings):
@@ -626,21 +632,18 @@ def check_settings(settings):
     batch_size = max(settings.batch_size, 1)
     shared = sorted(set(settings.prompts) & set(settings.eval_prompts))
     updates = settings.ppo_epochs * batch_size / (settings.mini_batch_size or batch_size)
+    function, texts = re.compile(r"positive_word_reward|.+\.py:\w+"), "one or more texts, none empty"
     rules = [
         ("LORA_RANK LORA_ALPHA TRAINING_EPOCHS BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS", lambda v: v >= 1, "1 or more"),
         ("EVAL_SAMPLES EVAL_BATCH_SIZE LOG_EVERY", lambda v: v >= 1, "1 or more"),
         ("LEARNING_RATE TEMPERATURE CLIP_RANGE VALUE_CLIP_RANGE", lambda v: v > 0, "a number above 0"),
-        ("TARGET_APPROX_KL KL_COEF VF_COEF MAX_GRAD_NORM SAVE_EVERY", lambda v: v >= 0, "0 or more"),
+        ("TARGET_APPROX_KL KL_COEF VF_COEF MAX_GRAD_NORM SAVE_EVERY MINI_BATCH_SIZE", lambda v: v >= 0, "0 or more"),
         ("SEED", lambda v: 0 <= v < 2**32, "a number from 0 to 4294967295"),
         ("GAMMA LAM", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
-        ("MINI_BATCH_SIZE", lambda v: v >= 0, "0 or more"),
         ("MINI_BATCH_SIZE", lambda v: v < 1 or batch_size % v == 0, f"0 or a divisor of BATCH_SIZE, {batch_size}"),
-        (
-            "LORA_TARGETS PROMPTS EVAL_PROMPTS POSITIVE_WORDS",
-            lambda v: v and all(map(str.strip, v)),
-            "one or more texts, none empty",
-        ),
+        ("LORA_TARGETS PROMPTS EVAL_PROMPTS POSITIVE_WORDS", lambda v: v and all(map(str.strip, v)), texts),
         ("EVAL_PROMPTS", lambda v: not shared, f"prompts that are not in PROMPTS, as {shared} is"),
+        ("PROMPTS EVAL_PROMPTS", lambda v: len(set(v)) == len(v), "each prompt once"),
         ("QUANTIZATION", ("none", "8bit", "4bit").__contains__, "none, 8bit or 4bit"),
         ("DTYPE", ("auto", "float32", "bfloat16", "float16").__contains__, "auto, float32, bfloat16 or float16"),
         ("DTYPE", lambda v: v != "float16" or pick_device(settings)[0] != "cpu", "float32 or bfloat16 on a CPU"),
@@ -649,11 +652,7 @@ def check_settings(settings):
         ("REPORT_TO", ("none", "tensorboard").__contains__, "none or tensorboard"),
         ("REPORT_TO", lambda v: v != "tensorboard" or importlib.util.find_spec(v), "none, or pip install it"),
         ("TARGET_APPROX_KL", lambda v: v == 0 or updates > 1, "0, for a single update of a step can't be measured"),
-        (
-            "REWARD",
-            re.compile(r"positive_word_reward|.+\.py:\w+").fullmatch,
-            "positive_word_reward or FILE.py:FUNCTION",
-        ),
+        ("REWARD", function.fullmatch, "positive_word_reward or FILE.py:FUNCTION"),
     ]
     return [
         f"{name} is {shorten(value)}: give {remedy}"
@@ -668,14 +667,11 @@ def check_places(settings):
     problems, output, name = [], Path(settings.output_dir), settings.model_name
     try:
         existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-        if not existing.is_dir():
-            problems.append(f"{existing} is a file")
-        else:
-            tempfile.TemporaryFile(dir=existing).close()
-            if existing == output.absolute() and any(output.iterdir()) and not is_run(output):
-                problems.append("it holds files that are not a run's")
+        tempfile.TemporaryFile(dir=existing).close()
+        if existing == output.absolute() and any(output.iterdir()) and not is_run(output):
+            problems.append("it holds files that are not a run's")
         if Path.cwd().is_relative_to(output.resolve()):
-            problems.append("it holds the folder that this is started in")
+            problems.append("it is or holds the current folder")
         if os.path.isdir(name) and Path(name).resolve().is_relative_to(output.resolve()):
             problems.append("MODEL_NAME is read from there")
     except (OSError, ValueError) as error:
@@ -692,10 +688,7 @@ def load_reward(settings):
         return lambda text: positive_word_reward(text, settings.positive_words)
     path, _, name = settings.reward.rpartition(":")
     try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        function = getattr(module, name)
+        function = getattr(SimpleNamespace(**runpy.run_path(path)), name)
         if not callable(function):
             raise TypeError(f"{name} is no function")
         return function
@@ -731,15 +724,12 @@ def find_model(name):
     try:  # folders hold the same weights in other formats
         return snapshot_download(name, local_files_only=not online, allow_patterns=files, ignore_patterns=["*/*"])
     except Exception as error:
-        if online:
-            raise SettingsError(
-                f"MODEL_NAME is {name}: its download broke off ({shorten(error)}): try again"
-            ) from error
-        command = f"python {sys.argv[0]} --model-name {os.path.relpath(Path(__file__).parent / 'demo_model')}"
-        raise SettingsError(
-            f"MODEL_NAME is {shorten(name)}: no folder here, not in the cache, and the Hub can't be reached "
-            f"({shorten(answer)}). This runs offline:\n\n    {command}\n"
-        ) from error
+        problem = f"its download broke off ({shorten(error)}): try again"
+        if not online:
+            model = os.path.relpath(Path(__file__).parent / "demo_model")
+            command = f"This runs offline:\n\n    python {sys.argv[0]} --model-name {model}\n"
+            problem = f"no folder here, not in the cache, and the Hub can't be reached ({shorten(answer)}). {command}"
+        raise SettingsError(f"MODEL_NAME is {shorten(name)}: {problem}") from error
 
 
 def bad_model(settings, error):
@@ -754,10 +744,8 @@ def pick_device(settings):
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if settings.dtype != "auto":
-        return device, getattr(torch, settings.dtype, None)
-    if device == "cpu":
-        return device, torch.float32
+    if settings.dtype != "auto" or device == "cpu":
+        return device, getattr(torch, settings.dtype, torch.float32)
     return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
@@ -771,7 +759,8 @@ class StopSignal:
 
     def __init__(self):
         self.signal = None  # its number, once it came
-        self.after_step = False  # True while training
+        self.after_step = False  # True while training: a stop waits for the end of the step
+        self.has_output = False  # True once OUTPUT_DIR is this run's
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self)
 
@@ -799,54 +788,54 @@ def prepare_output(settings):
 
 
 def find_checkpoint(settings):
-    """Return the folder of the last whole checkpoint, or None."""
-    folders = (Path(settings.output_dir, name) for name in ("checkpoint", "checkpoint.old"))
-    return next((folder for folder in folders if folder.is_dir()), None)
+    """Return the file of the last checkpoint, or None."""
+    path = Path(settings.output_dir, "checkpoint", "state.safetensors")
+    return path if path.exists() else None
 
 
 def save_checkpoint(trainer, settings, metrics):
     """Save all that a run needs to go on: written beside the last checkpoint, then put in its place."""
     tensors = {f"model.{name}": value for name, value in trainer.model.named_parameters() if value.requires_grad}
-    for index, moments in trainer.optimizer.state_dict()["state"].items():
+    optimizer = trainer.optimizer.state_dict()
+    for index, moments in optimizer["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
     tensors["random.torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
+    if trainer.current_device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    kind, keys, *others = numpy.random.get_state()
     state = {
         "settings": vars(settings),
-        "versions": versions(),
-        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
-        "scaler": trainer.accelerator.scaler.state_dict() if trainer.accelerator.scaler else None,
-        "random.numpy": [kind, keys.tolist(), *others],
         "metrics": metrics,
+        "param_groups": optimizer["param_groups"],
+        "scaler": trainer.accelerator.scaler and trainer.accelerator.scaler.state_dict(),
+        "random.numpy": numpy.random.get_state(),
     }
     folder = Path(settings.output_dir, "checkpoint")
-    new, old = folder.with_suffix(".new"), folder.with_suffix(".old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, new / "state.safetensors")
-    (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    for path in new.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "state.new", {"state": json.dumps(state, default=numpy.ndarray.tolist)})
+    with open(folder / "state.new", "rb+") as file:
+        os.fsync(file.fileno())
+    (folder / "state.new").replace(folder / "state.safetensors")  # at one stroke: there is always a whole one
+
+
+def read_checkpoint(path):
+    """Return what save_checkpoint wrote: the dictionary and the tensors by name."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["state"]), load_file(path)
 
 
 def check_resume(settings):
     """Return a line for each setting that would make the rest of the run another one than its checkpoint's."""
-    folder = find_checkpoint(settings)
-    if folder is None:
+    path = find_checkpoint(settings)
+    if path is None:
         return [f"RESUME is True: there is no checkpoint in {settings.output_dir}: start without it"]
     try:
-        saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))["settings"]
-        load_file(folder / "state.safetensors")
+        state = read_checkpoint(path)[0]
+        saved, done = state["settings"], len(state["metrics"])
     except Exception as error:
-        return [f"RESUME is True: the checkpoint in {folder} is broken ({shorten(repr(error))}): start without it"]
+        return [f"RESUME is True: the checkpoint {path} is broken ({shorten(repr(error))}): start without it"]
+    if done > count_steps(settings):
+        return [f"TRAINING_EPOCHS is {settings.training_epochs}, less than the checkpoint's {done} steps: give more"]
     free = "output_dir training_epochs eval_prompts eval_samples eval_batch_size log_every save_every resume report_to"
     return [
         f"{name.upper()} is {shorten(value)}, but {shorten(saved.get(name))} in the checkpoint: give that or start anew"
@@ -857,9 +846,7 @@ def check_resume(settings):
 
 def load_checkpoint(trainer, settings):
     """Put the trainer and all random states back to the last checkpoint; return its metrics."""
-    folder = find_checkpoint(settings)
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    tensors = load_file(folder / "state.safetensors")
+    state, tensors = read_checkpoint(find_checkpoint(settings))
     parameters, moments = dict(trainer.model.named_parameters()), {}
     for name, tensor in tensors.items():
         kind, _, name = name.partition(".")
@@ -868,52 +855,42 @@ def load_checkpoint(trainer, settings):
         elif kind == "optimizer":
             index, key = name.split(".")
             moments.setdefault(int(index), {})[key] = tensor
-    trainer.optimizer.load_state_dict(trainer.optimizer.state_dict() | {"state": moments})
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = state["learning_rate"]
-    if state["scaler"]:
+    trainer.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
+    if state["scaler"] and trainer.accelerator.scaler:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(tensors["random.torch"])
-    if "random.cuda" in tensors:
+    if "random.cuda" in tensors and trainer.current_device.type == "cuda":  # it may go on on another device
         torch.cuda.set_rng_state(tensors["random.cuda"])
-    kind, keys, *others = state["random.numpy"]
-    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *others))
+    numpy.random.set_state(state["random.numpy"])
     return state["metrics"]
 
 
 # ----------------------------------------------------------------------------------------------- screen and report
 def announce(policy, settings, device, dtype, metrics):
     """Print what is going to happen."""
-    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in policy.parameters())
-    asked, samples = settings.training_epochs * len(settings.prompts), count_steps(settings) * settings.batch_size
-    filled = f" ({asked} asked for, the last step filled up)" if samples > asked else ""
+    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    steps, asked = count_steps(settings), settings.training_epochs * len(settings.prompts)
+    filled = f" ({asked} asked for, the last step filled up)" if steps * settings.batch_size > asked else ""
+    going_on = f", going on after step {len(metrics)}" if metrics else ""
     words = f"+1 for a response with one of {len(settings.positive_words)} positive words, else -1"
     print(f"Model     {settings.model_name}, {total:,} parameters, {trained:,} of them trained")
     print(f"Device    {device_name(device)}, {str(dtype).removeprefix('torch.')} weights")
     print(f"Prompts   {len(settings.prompts)} to train on, {len(settings.eval_prompts)} held out")
     print(f"Reward    {words if settings.reward == 'positive_word_reward' else settings.reward}")
-    print(f"Training  {samples} samples{filled} in {count_steps(settings)} steps, seed {settings.seed}")
-    print(
-        f"Output    {settings.output_dir}/{', going on after step ' + str(len(metrics)) if metrics else ''}\n",
-        flush=True,
-    )
+    print(f"Training  {steps * settings.batch_size} samples{filled} in {steps} steps, seed {settings.seed}")
+    print(f"Output    {settings.output_dir}/{going_on}\n", flush=True)
 
 
 class Log:
     """Keeps metrics.jsonl, and shows progress: a live bar on a terminal, elsewhere a line every LOG_EVERY steps."""
 
     def __init__(self, total_steps, metrics, settings):
-        self.total_steps, self.done, self.settings, self.start = (
-            total_steps,
-            len(metrics),
-            settings,
-            time.perf_counter(),
-        )
+        self.settings, self.start, self.done = settings, time.perf_counter(), len(metrics)
         self.file = open(Path(settings.output_dir, "metrics.jsonl"), "w", encoding="utf-8", buffering=1)
         self.file.writelines(json.dumps(record) + "\n" for record in metrics)  # of a run that goes on
-        shape = "{n_fmt}/{total_fmt} steps |{bar:20}| {remaining} left, {desc}"
-        self.bar = tqdm(total=total_steps, initial=self.done, bar_format=shape, disable=not sys.stderr.isatty())
+        shape, terminal = "{n_fmt}/{total_fmt} |{bar:12}| {remaining} left, {desc}", is_terminal()
+        self.bar = tqdm(total=total_steps, initial=self.done, bar_format=shape, disable=not terminal)
         self.tensorboard = None
         if settings.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter  # only here: it need not be installed
@@ -924,15 +901,16 @@ class Log:
         """Write down the last record, and show how the last 100 samples did."""
         step, settings = len(metrics), self.settings
         self.file.write(json.dumps(metrics[-1]) + "\n")
-        for name, value in metrics[-1].items() if self.tensorboard else ():
-            self.tensorboard.add_scalar(name, value, step)
+        if self.tensorboard:
+            for name, value in metrics[-1].items():
+                self.tensorboard.add_scalar(name, value, step)
         rate, score, kl = (recent(metrics, name, settings) for name in ("success_rate", "score", "kl"))
         text = f"success {rate:4.0%}, score {score:+.2f}, KL {kl:.2f}"
         self.bar.set_description_str(text, refresh=False)
         self.bar.update()
-        if self.bar.disable and (step % settings.log_every == 0 or step == self.total_steps):
-            left = (time.perf_counter() - self.start) / (step - self.done) * (self.total_steps - step)
-            print(f"step {step}/{self.total_steps}, {timedelta(seconds=int(left))} left, {text}", flush=True)
+        if self.bar.disable and (step % settings.log_every == 0 or step == self.bar.total):
+            left = (time.perf_counter() - self.start) / (step - self.done) * (self.bar.total - step)
+            print(f"step {step}/{self.bar.total}, {timedelta(seconds=int(left))} left, {text}", flush=True)
 
     def close(self):
         """Leave the bar as it stands and the files complete."""
@@ -940,6 +918,11 @@ class Log:
         self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
+
+
+def is_terminal():
+    """Return whether somebody watches: a bar in a file would be noise."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
 
 
 def recent(metrics, name, settings, samples=100):
@@ -987,12 +970,12 @@ def draw(report, metrics, settings):
     from matplotlib.figure import Figure  # here, since it takes a second to load
 
     blue, orange, grey = "#0072B2", "#D55E00", "#666666"  # told apart by colour-blind readers too
+    kl_label = "KL against the base model (nats per response)"
     base, trained = report["base"]["train_prompts"], report["trained"]["train_prompts"]
-    samples = [record["samples"] for record in metrics]
-    rate, score, kl = (
-        [recent(metrics[: i + 1], name, settings) for i in range(len(metrics))]
-        for name in ("success_rate", "score", "kl")
-    )
+    names, steps = ("success_rate", "score", "kl"), range(1, len(metrics) + 1)
+    steps = [step for step in steps if metrics[step - 1]["samples"] >= 100] or steps  # means of fewer are noise
+    samples = [metrics[step - 1]["samples"] for step in steps]
+    rate, score, kl = ([recent(metrics[:step], name, settings) for step in steps] for name in names)
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(samples, rate, color=blue, label="success rate")
@@ -1001,8 +984,7 @@ def draw(report, metrics, settings):
     left.set(xlabel="samples", ylabel="success rate, score", title="Learning (means of the last 100 samples)")
     nats = left.twinx()
     nats.plot(samples, kl, color=orange, linestyle="--", label="KL")
-    nats.set_ylabel("KL against the base model (nats per response)", color=orange)
-    nats.set_ylim(bottom=0)
+    nats.set(ylabel=kl_label, ylim=(0, None))
     left.legend(handles=[*left.lines, *nats.lines], loc="lower right", fontsize=8)
 
     margin = 0.5 / base["samples"]
@@ -1013,14 +995,17 @@ def draw(report, metrics, settings):
     figure.colorbar(points, label="samples")
     right.plot(0, base["success_rate"], "s", color=grey, markersize=8, label="base model, measured")
     right.plot(trained["kl"], trained["success_rate"], "*", color=orange, markersize=15, label="trained, measured")
-    right.set(xlabel="KL against the base model (nats per response)", ylabel="success rate", title="What success costs")
+    right.set(xlabel=kl_label, ylabel="success rate", title="What success costs")
     right.legend(loc="lower right", fontsize=8)
     figure.savefig(Path(settings.output_dir, "training.png"), dpi=100)
 
 
 def samples_table(report):
     """Return a table of the first response to each prompt, not a chosen one, before and after."""
-    lines, widths = [], (24, 40, 40)
+    lines, widths = (
+        ["The first response to each prompt, with the same random numbers before and after:", ""],
+        (20, 28, 28),
+    )
     for title, prompts in (("PROMPT", "train_prompts"), ("HELD-OUT PROMPT", "eval_prompts")):
         before, after = (report[model][prompts]["first_sample"] for model in ("base", "trained"))
         for row in [(title, "BEFORE", "AFTER"), *((prompt, before[prompt], after[prompt]) for prompt in before)]:
@@ -1034,30 +1019,30 @@ def samples_table(report):
 def verdict(report):
     """Return the result in words."""
     (base, base_eval), (trained, trained_eval) = (report[model].values() for model in ("base", "trained"))
+    least = f" (the least possible is {trained['kl_minimum']:.1f})" if report["learned"] else ""
     text = (
-        f"{trained['success_rate']:.0%} success at {trained['kl']:.1f} nats of KL (the least possible is "
-        f"{trained['kl_minimum']:.1f}), from {base['success_rate']:.0%}; on held-out prompts "
-        f"{trained_eval['success_rate']:.0%}, from {base_eval['success_rate']:.0%}."
+        f"Success: {base['success_rate']:.1%} before, {trained['success_rate']:.1%} after, at {trained['kl']:.1f} nats "
+        f"of KL{least}; on held-out prompts {base_eval['success_rate']:.1%} before, {trained_eval['success_rate']:.1%} "
+        "after."
     )
     return text if report["learned"] else f"{text}\nThat is no rise beyond chance: this run did not learn."
 
 
-def loading_snippet(settings):
+def loading_snippet(folder, prompt):
     """Return Python that loads the model and lets it speak."""
-    folder = settings.output_dir if os.path.isabs(settings.output_dir) else f"./{settings.output_dir}"
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
 model = AutoModelForCausalLM.from_pretrained({folder!r})
-print(tokenizer.decode(model.generate(**tokenizer({settings.prompts[0]!r}, return_tensors="pt"))[0]))"""
+print(tokenizer.decode(model.generate(**tokenizer({prompt!r}, return_tensors="pt"))[0]))"""
 
 
 def write_report(report, metrics, settings):
     """Write report.json, training.png and the model card README.md."""
     columns = [report[model][p] for p in ("train_prompts", "eval_prompts") for model in ("base", "trained")]
     names = ("success_rate", "score", "kl", "kl_minimum", "distinct", "perplexity_under_base")
-    figures = "\n".join(
-        f"| {name} | " + " | ".join(f"{column[name]:.2f}" for column in columns) + " |" for name in names
-    )
+    rows = [[name, *(f"{column[name]:.3f}" for column in columns)] for name in names]
+    figures = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     card = f"""# {Path(settings.model_name).name}, fine-tuned with PPO
 
 {verdict(report)}
@@ -1076,8 +1061,10 @@ KL is in nats per response; `distinct` is the share of different responses.
 ```
 {samples_table(report)}```
 
+To load it, from this folder:
+
 ```python
-{loading_snippet(settings)}
+{loading_snippet(".", settings.prompts[0])}
 ```
 """
     Path(settings.output_dir, "README.md").write_text(card, encoding="utf-8")

@@ -1,4 +1,3 @@
-import json
 import signal
 
 import pytest
@@ -50,17 +49,16 @@ def test_a_checkpoint_brings_everything_back(build, step, saved):
 
 
 def test_a_checkpoint_holds_no_base_weights(saved):
-    folder = find_checkpoint(saved.settings)
-    names = load_file(folder / "state.safetensors")
-    assert all("lora_" in name or "v_head" in name for name in names if name.startswith("model."))
-    assert sorted(path.name for path in folder.iterdir()) == ["state.json", "state.safetensors"]
+    path = find_checkpoint(saved.settings)
+    assert all("lora_" in name or "v_head" in name for name in load_file(path) if name.startswith("model."))
+    assert [entry.name for entry in path.parent.iterdir()] == ["state.safetensors"]
 
 
 def test_a_checkpoint_replaces_the_last_one_and_leaves_nothing_beside_it(saved):
     save_checkpoint(saved.trainer, saved.settings, METRICS * 2)
-    folder = find_checkpoint(saved.settings)
-    assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
-    assert json.loads((folder / "state.json").read_text())["metrics"] == METRICS * 2
+    path = find_checkpoint(saved.settings)
+    assert [entry.name for entry in path.parent.iterdir()] == ["state.safetensors"]
+    assert train_rlhf.read_checkpoint(path)[0]["metrics"] == METRICS * 2
 
 
 def test_a_crash_while_saving_leaves_a_whole_checkpoint(saved, monkeypatch):
@@ -73,16 +71,6 @@ def test_a_crash_while_saving_leaves_a_whole_checkpoint(saved, monkeypatch):
     assert load_checkpoint(saved.trainer, saved.settings) == METRICS
     monkeypatch.undo()
     save_checkpoint(saved.trainer, saved.settings, METRICS * 2)
-    assert load_checkpoint(saved.trainer, saved.settings) == METRICS * 2
-
-
-def test_a_crash_between_two_renames_leaves_the_old_checkpoint(saved):
-    folder = find_checkpoint(saved.settings)
-    folder.rename(folder.with_suffix(".old"))
-    assert find_checkpoint(saved.settings) == folder.with_suffix(".old")
-    assert load_checkpoint(saved.trainer, saved.settings) == METRICS
-    save_checkpoint(saved.trainer, saved.settings, METRICS * 2)
-    assert find_checkpoint(saved.settings) == folder
     assert load_checkpoint(saved.trainer, saved.settings) == METRICS * 2
 
 
@@ -120,19 +108,11 @@ def test_what_changes_the_steps_is_an_error(saved, flags, line):
     assert "give that or start anew" in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["{", "{}"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"\2\0\0\0\0\0\0\0{}"])
 def test_a_broken_checkpoint_is_an_error_with_a_message(saved, content):
-    (find_checkpoint(saved.settings) / "state.json").write_text(content)
+    find_checkpoint(saved.settings).write_bytes(content)
     with pytest.raises(train_rlhf.SettingsError, match="RESUME"):
         resume(saved)
-
-
-@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
-def test_a_checkpoint_with_a_missing_file_is_an_error_with_a_message(saved, name):
-    (find_checkpoint(saved.settings) / name).unlink()
-    with pytest.raises(train_rlhf.SettingsError, match="RESUME"):
-        settings = resume(saved)
-        load_checkpoint(saved.trainer, settings)
 
 
 # -------------------------------------------------------------------------------------------------------- signals

@@ -91,7 +91,7 @@ def test_loss_by_hand(build, make_settings):
     p, p_old, p_ref = [0.5, 0.3, 0.2], [0.4, 0.4, 0.2], [0.25, 0.25, 0.5]
     trainer.old_logprobs = torch.tensor([[p_old, p_old]]).log()
     trainer.ref_logprobs = torch.tensor([[p_ref, p_ref]]).log()
-    trainer.rows = torch.tensor([0])
+    trainer.model.rows = torch.tensor([0])
     logits = torch.tensor([[p, p]]).log() + 7.0  # logits are free of a constant
     taken = torch.tensor([[0.5, 0.3]]).log()  # the first word, then the second
     old = torch.tensor([[0.4, 0.4]]).log()

@@ -22,6 +22,7 @@ def log(make_settings, tmp_path, monkeypatch):
 
     def start(stream, done=()):
         monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(train_rlhf, "is_terminal", stream.isatty)
         (tmp_path / "trained_model").mkdir()
         return train_rlhf.Log(4, [*done], make_settings("--batch-size", "50", "--log-every", "2"))
 
@@ -36,7 +37,7 @@ def test_a_terminal_gets_one_live_bar(log, capsys):
         progress.write(metrics)
     progress.close()
     last = screen.getvalue().split("\r")[-1]
-    assert "4/4 steps" in last and "left" in last
+    assert last.startswith("4/4 |") and "left" in last
     assert "success  88%" in last  # the mean of the last 100 samples, 75 and 100 %
     assert "score +0.75" in last and "KL 0.88" in last
     assert screen.getvalue().count("\n") == 1
