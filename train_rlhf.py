@@ -1002,10 +1002,8 @@ def draw(report, metrics, settings):
 
 def samples_table(report):
     """Return a table of the first response to each prompt, not a chosen one, before and after."""
-    lines, widths = (
-        ["The first response to each prompt, with the same random numbers before and after:", ""],
-        (20, 28, 28),
-    )
+    lines = ["The first response to each prompt, with the same random numbers before and after:", ""]
+    widths = (20, 28, 28)
     for title, prompts in (("PROMPT", "train_prompts"), ("HELD-OUT PROMPT", "eval_prompts")):
         before, after = (report[model][prompts]["first_sample"] for model in ("base", "trained"))
         for row in [(title, "BEFORE", "AFTER"), *((prompt, before[prompt], after[prompt]) for prompt in before)]:

@@ -73,6 +73,8 @@ def test_recent_steps_are_those_of_the_last_samples(make_settings, samples, want
     assert train_rlhf.recent(metrics, "x", make_settings("--batch-size", "50"), samples) == wanted
 
 
-def test_the_loading_snippet_names_the_folder_wherever_it_is(make_settings):
-    assert "'./runs/calm'" in train_rlhf.loading_snippet(make_settings("--output-dir", "runs/calm"))
-    assert "'/tmp/calm'" in train_rlhf.loading_snippet(make_settings("--output-dir", "/tmp/calm"))
+def test_the_loading_snippet_is_python_that_quotes_what_it_is_given():
+    code = train_rlhf.loading_snippet("./it's", 'say "so"')
+    compile(code, "snippet", "exec")
+    assert """from_pretrained("./it's")""" in code
+    assert """'say "so"'""" in code

@@ -149,7 +149,7 @@ def test_the_model_card(learned):
     for model in ("base", "trained"):
         for prompts in ("train_prompts", "eval_prompts"):
             part = learned.report[model][prompts]
-            assert f"{part['success_rate']:.2f}" in card
+            assert f"{part['success_rate']:.3f}" in card
             assert f"{part['perplexity_under_base']:.2f}" in card
             for prompt, text in part["first_sample"].items():
                 assert prompt in card
