@@ -726,9 +726,10 @@ def find_model(name):
     except Exception as error:
         problem = f"its download broke off ({shorten(error)}): try again"
         if not online:
-            model = os.path.relpath(Path(__file__).parent / "demo_model")
-            command = f"This runs offline:\n\n    python {sys.argv[0]} --model-name {model}\n"
-            problem = f"no folder here, not in the cache, and the Hub can't be reached ({shorten(answer)}). {command}"
+            demo_model = Path(__file__).resolve().parent / "demo_model"
+            command = f"python {sys.argv[0]} --model-name {os.path.relpath(demo_model)}"
+            remedy = f"This runs offline:\n\n    {command}\n" if demo_model.is_dir() else "Name a folder with a model."
+            problem = f"no folder here, not in the cache, and the Hub can't be reached ({shorten(answer)}). {remedy}"
         raise SettingsError(f"MODEL_NAME is {shorten(name)}: {problem}") from error
 
 

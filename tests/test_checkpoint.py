@@ -108,6 +108,12 @@ def test_what_changes_the_steps_is_an_error(saved, flags, line):
     assert "give that or start anew" in str(error.value)
 
 
+def test_fewer_steps_than_are_done_are_an_error(saved):
+    save_checkpoint(saved.trainer, saved.settings, METRICS * 9)
+    with pytest.raises(train_rlhf.SettingsError, match=r"TRAINING_EPOCHS is 1, less than the checkpoint's \d+ steps"):
+        resume(saved, "--training-epochs", "1")
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"\2\0\0\0\0\0\0\0{}"])
 def test_a_broken_checkpoint_is_an_error_with_a_message(saved, content):
     find_checkpoint(saved.settings).write_bytes(content)

@@ -156,6 +156,16 @@ def test_layers_to_adapt_that_the_model_lacks(refused, demo_model):
     assert refused("--model-name", demo_model, "--lora-targets", "x_proj").startswith("- LORA_TARGETS is ['x_proj']: ")
 
 
+def test_code_in_a_model_folder_is_never_run(refused, copy_of_demo_model, tmp_path, monkeypatch):
+    config = json.loads((copy_of_demo_model / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (copy_of_demo_model / "config.json").write_text(json.dumps(config))
+    (copy_of_demo_model / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers may ask
+    assert refused("--model-name", copy_of_demo_model).startswith(f"- MODEL_NAME is {copy_of_demo_model}"[:40])
+    assert not (tmp_path / "ran").exists()
+
+
 # ------------------------------------------------------------------------------------------------------- OUTPUT_DIR
 def test_a_file_in_the_place_of_the_output(refused, demo_model, tmp_path):
     (tmp_path / "file").write_text("")

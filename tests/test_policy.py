@@ -126,6 +126,12 @@ def test_more_new_tokens_than_the_context_are_an_error_of_their_own(make_setting
         train_rlhf.load_tokenizer(settings.model_name, settings)
 
 
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
+def test_tied_embeddings_are_not_adapted(build, make_settings, layer):
+    with pytest.raises(train_rlhf.SettingsError, match=r"LORA_TARGETS is .* tied"):
+        build(make_settings("--lora-targets", layer))
+
+
 # ---------------------------------------------------------------------------------------- before the first update
 def test_before_the_first_update_policy_and_base_model_are_one(build, settings):
     built = build(settings)

@@ -388,3 +388,11 @@ def test_a_reward_that_fails_in_the_middle_is_told_with_its_reason(call_main, de
     (tmp_path / "mine.py").write_text("def score(text):\n    return float('nan')\n", encoding="utf-8")
     assert call_main("--model-name", demo_model, *SHORT, "--device", "cpu", "--reward", "mine.py:score") == 1
     assert capsys.readouterr().err.startswith("Stopped: REWARD gave nan for ")
+
+
+def test_a_run_that_blows_up_stops_before_it_saves_what_it_learned(call_main, demo_model, tmp_path, capsys):
+    flags = ["--device", "cpu", "--learning-rate", "1e18", "--target-approx-kl", "0", "--save-every", "1"]
+    assert call_main("--model-name", demo_model, *SHORT, *flags) == 1
+    assert capsys.readouterr().err.startswith("Stopped: step 1 left numbers that are not finite: lower LEARNING_RATE")
+    assert not (tmp_path / "trained_model" / "checkpoint").exists()
+    assert not (tmp_path / "trained_model" / "model.safetensors").exists()
