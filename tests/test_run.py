@@ -150,7 +150,7 @@ def test_the_model_card(learned):
         for prompts in ("train_prompts", "eval_prompts"):
             part = learned.report[model][prompts]
             assert f"{part['success_rate']:.3f}" in card
-            assert f"{part['perplexity_under_base']:.2f}" in card
+            assert f"{part['perplexity_under_base']:.3f}" in card
             for prompt, text in part["first_sample"].items():
                 assert prompt in card
                 assert not text.split() or text.split()[0] in card
