@@ -84,10 +84,10 @@ TEMPERATURE = 1.0  # divides the logits of policy and base model everywhere; 1.0
 
 # --- PPO
 LEARNING_RATE = 3e-4  # of the first step; the later ones follow TARGET_APPROX_KL
-TARGET_APPROX_KL = 0.0025  # size that a step aims at, in nats per token, falling to 0; 0 = LEARNING_RATE stays
+TARGET_APPROX_KL = 0.0025  # size that the first step aims at, in nats per token, falling to 0; 0 = one rate
 PPO_EPOCHS = 4  # passes over a batch; 1 = every sample is used once, and nothing is ever clipped
 MINI_BATCH_SIZE = 0  # responses in one update, a divisor of BATCH_SIZE; less saves memory; 0 = the whole batch
-KL_COEF = 0.2  # price of one nat of KL against the base model, in units of the score; 0 = free to drift away
+KL_COEF = 0.1  # price of one nat of KL against the base model, in units of the score; 0 = free to drift away
 CLIP_RANGE = 0.2  # PPO's epsilon: nothing is gained by a probability ratio outside 1 ± CLIP_RANGE
 VALUE_CLIP_RANGE = 0.2  # the same for a value's change in one step, in units of the score
 VF_COEF = 0.1  # weight of the value loss in the loss; 0 = the value head stays at zero
@@ -113,14 +113,19 @@ class PolicyWithValueHead(AutoModelForCausalLMWithValueHead):
         super().__init__(model, summary_dropout_prob=0.0)
         self.temperature = temperature
         self.is_peft_model = True  # tells TRL that the base model is this one with its adapter off
+        self.v_head.summary = torch.nn.Linear(self.v_head.summary.in_features, 2)
         for parameter in self.v_head.float().parameters():
             torch.nn.init.zeros_(parameter)  # random first values would be noise in the advantages
 
-    def forward(self, rows=None, **inputs):
-        """Return float32 logits (batch, length, vocabulary), no loss, and values (batch, length); keep the rows."""
+    def forward(self, rows=None, earned=0.0, **inputs):
+        """Return float32 logits (batch, length, vocabulary), no loss, and values (batch, length); keep the rows.
+
+        A value is what is still to come, which depends on what was earned before (batch, length): it is a linear
+        function of that, with both of its coefficients from the value head.
+        """
         self.rows = rows  # of the batch, for ExactKLTrainer.loss
         logits, loss, values = super().forward(**inputs)
-        return logits / self.temperature, loss, values
+        return logits / self.temperature, loss, values[..., 0] + values[..., 1] * earned
 
 
 def load_tokenizer(path, settings):
@@ -260,15 +265,22 @@ class ExactKLTrainer(PPOTrainer):
     gradient of a reward that depends on the parameters has both terms: grad E[R] = E[R grad ln p] + E[grad R].
     """
 
+    token_scores = ()  # of the step under way
+
     def step(self, queries, responses, token_scores):
         """Take a PPO step; token_scores are what each token of each response earns, 1-D tensors."""
         self.token_scores = token_scores
-        return super().step(queries, responses, [scores.sum() for scores in token_scores])
+        stats = super().step(queries, responses, [scores.sum() for scores in token_scores])
+        self.token_scores = ()
+        return stats
 
     def prepare_model_inputs(self, queries, responses):
-        """Number the rows of the batch, so that a shuffled minibatch finds its ref_logprobs."""
+        """Add the rows' numbers, so that a shuffled minibatch finds its ref_logprobs, and what each token had earned."""
         inputs = super().prepare_model_inputs(queries, responses)
         inputs["rows"] = torch.arange(len(queries), device=self.current_device)
+        inputs["earned"] = torch.zeros(inputs["input_ids"].shape, device=self.current_device)
+        for row, query, response, token_scores in zip(inputs["earned"], queries, responses, self.token_scores):
+            row[len(query) : len(query) + len(response)] = token_scores.cumsum(0)
         return inputs
 
     def compute_rewards(self, scores, logprobs, ref_logprobs, masks):
@@ -358,7 +370,7 @@ def train(trainer, tokenizer, reward, settings, metrics, stop):
             raise RunError(f"step {step} left numbers that are not finite: lower LEARNING_RATE or TARGET_APPROX_KL")
 
         if settings.target_approx_kl:
-            target = settings.target_approx_kl * (1 - step / total_steps)
+            target = settings.target_approx_kl * (1 - step / total_steps) ** 3  # large steps early, then ever finer
             for group in trainer.optimizer.param_groups:
                 group["lr"] = adapt_learning_rate(group["lr"], metrics[-1]["approx_kl"], target)
         log.write(metrics)

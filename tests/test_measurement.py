@@ -130,7 +130,13 @@ def test_kl_and_log_probability_are_sums_over_the_response(trained, by_hand):
 
 def test_the_figures_of_a_measurement(trained, by_hand, monkeypatch):
     batches, rollout = [], train_rlhf.rollout
-    monkeypatch.setattr(train_rlhf, "rollout", lambda *args: batches.append(rollout(*args)) or batches[-1])
+
+    def uneven(*args):
+        queries, responses, texts, scores = rollout(*args)
+        batches.append((queries, [r[: len(r) - i] for i, r in enumerate(responses)], texts, scores))
+        return batches[-1]
+
+    monkeypatch.setattr(train_rlhf, "rollout", uneven)
     prompts = trained.settings.eval_prompts
     measured = measure(trained, prompts)
     queries, responses, texts, scores = ([item for batch in batches for item in batch[i]] for i in range(4))
@@ -138,7 +144,6 @@ def test_the_figures_of_a_measurement(trained, by_hand, monkeypatch):
 
     kls, logprobs = zip(*(by_hand(query, response) for query, response in zip(queries, responses)))
     tokens = sum(map(len, responses))
-    assert len(set(map(len, responses))) > 1
     assert measured["samples"] == 18
     assert measured["kl"] == pytest.approx(sum(kls) / 18, rel=1e-3)
     assert measured["perplexity_under_base"] == pytest.approx(math.exp(-sum(logprobs) / tokens), rel=1e-4)

@@ -1,6 +1,7 @@
 """Rewards, advantages, returns and losses as they come out of the trainer, against values worked out apart from it."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -40,24 +41,25 @@ def spy(monkeypatch, trainer, name, calls):
     monkeypatch.setattr(trainer, name, spied)
 
 
-def distributions(policy, query, response, base):
-    """Return the logits (response length, vocabulary) and values of one unpadded sample, in float64."""
+def distributions(policy, query, response, base, scores=None):
+    """Return the logprobs (response length, vocabulary) and values of one unpadded sample, in float64."""
     ids = torch.cat([query, response])[None]
-    with torch.no_grad():
-        if base:
-            with policy.pretrained_model.disable_adapter():
-                logits, _, values = policy(input_ids=ids, attention_mask=torch.ones_like(ids))
-        else:
-            logits, _, values = policy(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with torch.no_grad(), policy.pretrained_model.disable_adapter() if base else nullcontext():
+        output = policy.pretrained_model(ids, output_hidden_states=True)
+        at_start, for_earned = policy.v_head(output.hidden_states[-1])[0].unbind(-1)
     where = slice(len(query) - 1, -1)
-    return torch.log_softmax(logits[0, where].double(), -1).numpy(), values[0, where].double().numpy()
+    logprobs, values = torch.log_softmax(output.logits[0, where].double(), -1).numpy(), at_start[where].double().numpy()
+    if scores is not None:  # before a token, only those before it have earned anything
+        earned = np.array([sum(scores.tolist()[:position]) for position in range(len(scores))])
+        values = values + for_earned[where].double().numpy() * earned
+    return logprobs, values
 
 
 def test_rewards_advantages_and_returns_of_a_step(parts, monkeypatch):
     settings, policy, _, trainer, queries, responses, token_scores = parts
     expected = []
     for query, response, scores in zip(queries, responses, token_scores):
-        logprobs, values = distributions(policy, query, response, base=False)
+        logprobs, values = distributions(policy, query, response, base=False, scores=scores)
         ref_logprobs, _ = distributions(policy, query, response, base=True)
         kl = (np.exp(logprobs) * (logprobs - ref_logprobs)).sum(-1)
         rewards = scores.double().numpy() - settings.kl_coef * kl
