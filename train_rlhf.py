@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
@@ -41,11 +42,12 @@ import numpy
 import psutil
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
@@ -63,7 +65,7 @@ DEVICE = "auto"  # cuda or cpu; auto = cuda where there is one
 DTYPE = "auto"  # float32, bfloat16 or float16 weights; auto = float32 on a CPU, the card's best 16 bits on a GPU
 
 # --- Prompts and reward
-PROMPTS = [  # the beginnings that the model continues, taken in turn
+PROMPTS = [  # beginnings that the model continues, in turn; a .txt (one a line) or .jsonl file stands for its prompts
     "I feel so", "This makes me", "I am really", "Today I am", "Life is", "I'm feeling",
 ]  # fmt: skip
 EVAL_PROMPTS = [  # held out: measured only, never trained on, to see what carries over
@@ -150,9 +152,26 @@ def load_tokenizer(path, settings):
         for prompt in getattr(settings, name.lower())
         if (length := len(tokenizer(prompt)["input_ids"])) > room
     ]
+    if settings.reward == "positive_word_reward":
+        problems += check_words(tokenizer, settings)
     if problems:
         raise SettingsError(*problems)
     return tokenizer
+
+
+def check_words(tokenizer, settings):
+    """Return a line for each positive word that no response can have."""
+    written = {word: tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in settings.positive_words}
+    shortest = min(map(len, written.values()))
+    problems = [
+        f"POSITIVE_WORDS has {shorten(word)!r}, which the model's tokenizer can't write: leave it out"
+        for word, ids in written.items()
+        if word.lower() not in tokenizer.decode(ids, skip_special_tokens=True).lower()
+    ]
+    if shortest > settings.max_new_tokens:
+        needed = f"each of POSITIVE_WORDS takes {shortest} tokens or more"
+        problems.append(f"MAX_NEW_TOKENS is {settings.max_new_tokens}: give {shortest} or more, since {needed}")
+    return problems
 
 
 def load_policy(path, tokenizer, settings, device, dtype):
@@ -167,6 +186,11 @@ def load_policy(path, tokenizer, settings, device, dtype):
         raise bad_model(settings, error) from error
     if loading["missing_keys"]:  # transformers would go on with random numbers
         raise bad_model(settings, f"it lacks weights such as {min(loading['missing_keys'])}")
+    if bad := [name for name, weight in base.named_parameters() if not weight.isfinite().all()]:
+        raise bad_model(settings, f"it has weights that are not finite, such as {min(bad)}")
+    used, rows = tokenizer([*settings.prompts, *settings.eval_prompts]), base.get_input_embeddings().num_embeddings
+    if (largest := max(tokenizer.pad_token_id, *map(max, used["input_ids"]))) >= rows:
+        raise bad_model(settings, f"its tokenizer gives the token {largest}, but it knows {rows} tokens only")
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack the weights irreversibly
             module.support_avx512bf16_for_cpu = False
@@ -207,7 +231,7 @@ def generate(policy, tokenizer, queries):
     batch = tokenizer.pad({"input_ids": queries}, padding_side="left", return_tensors="pt").to(model.device)
     policy.eval()
     with torch.no_grad():
-        sequences = model.generate(**batch)
+        sequences = model.generate(**batch, remove_invalid_values=True)  # bad logits end in a skipped update
     end_ids = torch.tensor(model.generation_config.eos_token_id, device=model.device)  # one id or several
     responses = []
     for row in sequences[:, batch["input_ids"].shape[1] :]:  # without the query, or it would be trained on too
@@ -236,12 +260,13 @@ def score_response(reward, prompt, text):
         text = re.sub(r"^\w+", "", text, flags=re.ASCII)
     try:
         score = reward(text)
-    except Exception as error:  # the function is the user's and may raise anything
-        raise RunError(f"REWARD raised {error!r} for {text!r}") from error
+    except (Exception, SystemExit) as error:  # the function is the user's and may raise anything
+        raise RunError(f"REWARD, {reward.__name__}, raised {error!r} for {text!r}: mend it") from error
     with suppress(TypeError, ValueError, OverflowError):
         if math.isfinite(score):  # a TypeError where it is no number
             return float(score)
-    raise RunError(f"REWARD gave {shorten(repr(score))} for {text!r}: it has to return a finite number")
+    gave = f"gave {shorten(repr(score))} for {text!r}"
+    raise RunError(f"REWARD, {reward.__name__}, {gave}: it has to return one finite number for one text")
 
 
 def score_tokens(reward, tokenizer, prompt, query, response, score):
@@ -269,13 +294,13 @@ class ExactKLTrainer(PPOTrainer):
 
     def step(self, queries, responses, token_scores):
         """Take a PPO step; token_scores are what each token of each response earns, 1-D tensors."""
-        self.token_scores = token_scores
+        self.token_scores, self.skipped_updates = token_scores, 0
         stats = super().step(queries, responses, [scores.sum() for scores in token_scores])
         self.token_scores = ()
         return stats
 
     def prepare_model_inputs(self, queries, responses):
-        """Add the rows' numbers, so that a shuffled minibatch finds its ref_logprobs, and what each token had earned."""
+        """Number the rows, so that a shuffled minibatch finds its ref_logprobs; add what was earned at each token."""
         inputs = super().prepare_model_inputs(queries, responses)
         inputs["rows"] = torch.arange(len(queries), device=self.current_device)
         inputs["earned"] = torch.zeros(inputs["input_ids"].shape, device=self.current_device)
@@ -310,6 +335,13 @@ class ExactKLTrainer(PPOTrainer):
         stats["policy/approxkl"] = masked_mean(step_kl, mask)
         return policy_loss + self.kl_ctl.value * kl, value_loss, stats
 
+    def skip_if_not_finite(self, optimizer, args, kwargs):
+        """Before an update: take away gradients that are not all finite, so that nothing moves, and count."""
+        norms = [parameter.grad.norm() for parameter in self.model_params if parameter.grad is not None]
+        if not torch.stack(norms).isfinite().all():
+            optimizer.zero_grad()
+            self.skipped_updates += 1
+
 
 def build_trainer(policy, tokenizer, settings, device, dtype):
     """Return the trainer; its optimizer, TRL's Adam, holds the adapter and the value head, and nothing else."""
@@ -332,6 +364,7 @@ def build_trainer(policy, tokenizer, settings, device, dtype):
     trainer = ExactKLTrainer(config, policy, None, tokenizer)
     # TRL's is an iterator, empty after one use: no later gradient would be clipped.
     trainer.model_params = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    trainer.optimizer.optimizer.register_step_pre_hook(trainer.skip_if_not_finite)
     return trainer
 
 
@@ -355,40 +388,63 @@ def train(trainer, tokenizer, reward, settings, metrics, stop):
     total_steps, start = count_steps(settings), time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
     log = Log(total_steps, metrics, settings)
     for step in range(len(metrics) + 1, total_steps + 1):
-        indices = range((step - 1) * settings.batch_size, step * settings.batch_size)
-        prompts = [settings.prompts[index % len(settings.prompts)] for index in indices]
-        queries, responses, texts, scores = rollout(trainer.model, tokenizer, prompts, reward)
-        if settings.score_prefixes:
-            samples = zip(prompts, queries, responses, scores)
-            token_scores = [score_tokens(reward, tokenizer, *sample) for sample in samples]
-        else:
-            token_scores = [torch.tensor([0.0] * (len(r) - 1) + [score]) for r, score in zip(responses, scores)]
-        stats = trainer.step(queries, responses, token_scores)
-        metrics.append(record_step(step, texts, scores, stats, time.perf_counter() - start, settings))
-        numbers = [torch.tensor(list(metrics[-1].values())), *trainer.model_params]
-        if not all(number.isfinite().all() for number in numbers):
-            raise RunError(f"step {step} left numbers that are not finite: lower LEARNING_RATE or TARGET_APPROX_KL")
-
+        try:
+            texts, scores, stats = take_step(trainer, tokenizer, reward, settings, step)
+        except RunError:  # of the reward function: the steps before it are worth keeping
+            if metrics and not metrics[-1]["skipped_updates"]:
+                save_checkpoint(trainer, settings, metrics)
+            raise
+        seconds = time.perf_counter() - start
+        metrics.append(record_step(step, texts, scores, stats, trainer.skipped_updates, seconds, settings))
         if settings.target_approx_kl:
             target = settings.target_approx_kl * (1 - step / total_steps) ** 3  # large steps early, then ever finer
+            approx_kl = metrics[-1]["approx_kl"]
             for group in trainer.optimizer.param_groups:
-                group["lr"] = adapt_learning_rate(group["lr"], metrics[-1]["approx_kl"], target)
+                group["lr"] = adapt_learning_rate(group["lr"], math.inf if approx_kl is None else approx_kl, target)
         log.write(metrics)
         last = step == total_steps or stop.signal
-        if last or (settings.save_every and step % settings.save_every == 0):
+        due = last or (settings.save_every and step % settings.save_every == 0)
+        if due and not metrics[-1]["skipped_updates"]:  # else the weights themselves may be bad
             save_checkpoint(trainer, settings, metrics)
+        if all(record["skipped_updates"] for record in metrics[-3:]) and step >= 3:
+            remedy = "set DTYPE to float32, or lower TARGET_APPROX_KL and LEARNING_RATE"
+            raise RunError(f"three steps in a row had numbers that are not finite: {remedy}")
         if last:
             break
     log.close()
 
 
-def record_step(step, texts, scores, stats, seconds, settings):
-    """Return the line of metrics.jsonl for one step, from its responses, their scores and TRL's statistics."""
+def take_step(trainer, tokenizer, reward, settings, step):
+    """Sample a batch, score it and improve the policy with it; return the texts, their scores, TRL's statistics."""
+    set_seeds(settings.seed, step)
+    indices = range((step - 1) * settings.batch_size, step * settings.batch_size)
+    prompts = [settings.prompts[index % len(settings.prompts)] for index in indices]
+    queries, responses, texts, scores = rollout(trainer.model, tokenizer, prompts, reward)
+    if settings.score_prefixes:
+        samples = zip(prompts, queries, responses, scores)
+        token_scores = [score_tokens(reward, tokenizer, *sample) for sample in samples]
+    else:
+        token_scores = [torch.tensor([0.0] * (len(r) - 1) + [score]) for r, score in zip(responses, scores)]
+    return texts, scores, trainer.step(queries, responses, token_scores)
+
+
+def set_seeds(*purpose):
+    """Let the random numbers that follow depend on their purpose alone, whatever was drawn before.
+
+    So a run that goes on needs no old random states, and both models of a measurement draw alike.
+    """
+    seed = zlib.crc32(repr(purpose).encode())
+    torch.manual_seed(seed)
+    numpy.random.seed(seed)  # with which TRL shuffles
+
+
+def record_step(step, texts, scores, stats, skipped_updates, seconds, settings):
+    """Return the line of metrics.jsonl for one step; what is not finite becomes None, JSON's null."""
     score, samples = sum(scores) / len(scores), step * settings.batch_size
     kl, kl_coef = float(stats["objective/kl"]), stats["objective/kl_coef"]
     named = {"learning_rate": "learning_rate", "policy_loss": "loss/policy", "value_loss": "loss/value"}
     named |= {"approx_kl": "policy/approxkl", "clip_fraction": "policy/clipfrac", "entropy": "policy/entropy"}
-    return {
+    record = {
         "step": step,
         "samples": samples,
         "epoch": samples / len(settings.prompts),
@@ -399,18 +455,20 @@ def record_step(step, texts, scores, stats, seconds, settings):
         "kl_coef": kl_coef,
         **{name: float(stats[f"ppo/{key}"]) for name, key in named.items()},
         "distinct": len(set(texts)) / len(texts),
+        "skipped_updates": skipped_updates,
         "seconds": seconds,
     }
+    return {name: value if math.isfinite(value) else None for name, value in record.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- measurement
 def measure(trainer, tokenizer, prompts, reward, settings, base):
     """Measure the trained model, or with the adapter off the base model, on at least EVAL_SAMPLES fresh responses.
 
-    Returns the entry of report.json. The random numbers depend on SEED and the prompts alone, so they are the same for
-    both models, whatever training drew before.
+    Returns the entry of report.json.
     """
-    torch.manual_seed(zlib.crc32(repr((settings.seed, prompts)).encode()))
+    set_seeds(settings.seed, prompts)
+    prompts = prompts[:: math.ceil(len(prompts) / settings.eval_samples)]  # of a long list, evenly spread ones
     each = math.ceil(settings.eval_samples / len(prompts))
     asked = [prompt for prompt in prompts for _ in range(each)]
     texts, scores, kls, ref_logprobs, tokens = [], [], [], [], 0
@@ -430,7 +488,7 @@ def measure(trainer, tokenizer, prompts, reward, settings, base):
         "score": sum(scores) / len(scores),
         "kl": sum(kls) / len(kls),
         "distinct": len(set(texts)) / len(texts),
-        "perplexity_under_base": math.exp(-sum(ref_logprobs) / tokens),
+        "perplexity_under_base": math.exp(min(-sum(ref_logprobs) / tokens, 700)),
         "success_by_prompt": {prompt: success_rate(scores[where]) for prompt, where in of_prompt.items()},
         "first_sample": {prompt: texts[where][0] for prompt, where in of_prompt.items()},
     }
@@ -464,13 +522,17 @@ def kl_minimum(rate, base_rate):
 def mean_kl_minimum(base, trained):
     """Return the kl_minimum of two measurements of the same prompts, the mean over the prompts.
 
-    A base rate of 0 or 1 may be up to half a response away from it: so few samples can't tell how near it is.
+    With few samples of each prompt it is that of the mean rates, which is never more, since the bound is convex. A base
+    rate of 0 or 1 may be up to half a response away from it: so few samples can't tell how near it is.
     """
-    margin, bounds = 0.5 * len(base["success_by_prompt"]) / base["samples"], []
-    for prompt, rate in trained["success_by_prompt"].items():
-        base_rate = base["success_by_prompt"][prompt]
+    each, bounds = base["samples"] / len(base["success_by_prompt"]), []
+    if each < 10:
+        pairs, each = [(trained["success_rate"], base["success_rate"])], base["samples"]
+    else:
+        pairs = zip(trained["success_by_prompt"].values(), base["success_by_prompt"].values())
+    for rate, base_rate in pairs:
         if base_rate in (0, 1):
-            base_rate = min(max(rate, base_rate - margin), base_rate + margin)
+            base_rate = min(max(rate, base_rate - 0.5 / each), base_rate + 0.5 / each)
         bounds.append(kl_minimum(rate, base_rate))
     return sum(bounds) / len(bounds)
 
@@ -485,7 +547,13 @@ def evaluate(trainer, tokenizer, reward, settings):
     base, trained = (measured["train_prompts"]["success_rate"] for measured in results.values())
     pooled, samples = (base + trained) / 2, results["base"]["train_prompts"]["samples"]
     error = math.sqrt(2 * pooled * (1 - pooled) / samples)  # standard error of the difference, were both rates one
-    return {"learned": trained - base > 3 * error, **results}
+    close = not ran_away(results["trained"]["train_prompts"]["kl"], settings)
+    return {"learned": trained - base > 3 * error, "close_to_base": close, **results}
+
+
+def ran_away(kl, settings):
+    """Return whether a KL says that little is left of the base model: more than a nat for each token."""
+    return kl > settings.max_new_tokens
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -501,26 +569,59 @@ def main(argv=None):
     try:
         settings = read_settings(argv)
         run(settings, stop)
+        print(end="", flush=True)  # here an error is caught
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
-    except RunError as error:
-        print(f"Stopped: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError:
-        remedy = "lower MINI_BATCH_SIZE and EVAL_BATCH_SIZE, then BATCH_SIZE and LORA_RANK, or set QUANTIZATION"
-        print(f"Stopped: the GPU has too little memory: {remedy}", file=sys.stderr)
-        return 1
     except Stopped:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # a third one would find nothing left to stop
-        text = "there was nothing to save yet"
-        if stop.has_output and (path := find_checkpoint(settings)):  # else it is an earlier run's
-            step = len(read_checkpoint(path)[0]["metrics"])
-            text = f"what was learned up to step {step} is saved. To go on, run the same line with --resume"
-        print(f"\nStopped; {text}", file=sys.stderr)
+        print(f"\nStopped; {what_is_saved(settings, stop)}", file=sys.stderr)
         return 128 + stop.signal
+    except Exception as error:
+        if (reason := explain(error, settings)) is None:
+            raise
+        print(f"\nStopped: {reason}; {what_is_saved(settings, stop)}", file=sys.stderr)
+        try:
+            print(end="", flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return 1
     return 0
+
+
+def explain(error, settings):
+    """Return what a user can do about an error in the middle of a run, or None where that is not known."""
+    text = shorten(getattr(error, "strerror", None) or error, 200)
+    if isinstance(error, RunError):
+        return str(error)
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more"
+    if isinstance(error, OSError | SafetensorError) or "os error" in text:  # the latter are Rust libraries' own
+        return f"OUTPUT_DIR is {settings.output_dir}: it can't be written ({text}): make room there"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return f"there is too little memory: {memory_remedy(settings)}"
+    return None
+
+
+def memory_remedy(settings):
+    """Return which settings to lower, each with a value, the ones that change the result least first."""
+    size = settings.mini_batch_size or settings.batch_size
+    smaller = max((divisor for divisor in range(1, size) if settings.batch_size % divisor == 0), default=None)
+    remedies = [f"MINI_BATCH_SIZE to {smaller}"] if smaller else []
+    remedies += [f"EVAL_BATCH_SIZE to {settings.eval_batch_size // 2}"] if settings.eval_batch_size > 1 else []
+    remedies += ["QUANTIZATION to 4bit"] if settings.quantization != "4bit" else []
+    for name in ("BATCH_SIZE", "LORA_RANK"):
+        remedies += [f"{name} to {value // 2}"] if (value := getattr(settings, name.lower())) > 1 else []
+    return "set " + ", then ".join(remedies or ["MODEL_NAME to a smaller model"])
+
+
+def what_is_saved(settings, stop):
+    """Return how to go on after a stop."""
+    if stop.has_output and (path := find_checkpoint(settings)):  # else it is an earlier run's
+        step = len(read_checkpoint(path)[0]["metrics"])
+        return f"what was learned up to step {step} is saved. To go on, run the same line with --resume"
+    return "there was nothing to save yet"
 
 
 def run(settings, stop):
@@ -532,30 +633,29 @@ def run(settings, stop):
     torch.manual_seed(settings.seed)  # of the adapter's first values
     policy = load_policy(path, tokenizer, settings, device, dtype)
     trainer = build_trainer(policy, tokenizer, settings, device, dtype)
-    prepare_output(settings)
-    stop.has_output = True
-    metrics = load_checkpoint(trainer, settings) if settings.resume else []
-    announce(policy, settings, device, dtype, metrics)
+    with prepare_output(settings):
+        stop.has_output = True
+        metrics = load_checkpoint(trainer, settings) if settings.resume else []
+        announce(policy, settings, device, dtype, metrics)
 
-    stop.after_step = True
-    train(trainer, tokenizer, reward, settings, metrics, stop)
-    stop.after_step = False
-    if stop.signal:
-        raise Stopped
+        stop.after_step = True
+        train(trainer, tokenizer, reward, settings, metrics, stop)
+        stop.after_step = False
+        if stop.signal:
+            raise Stopped
 
-    print(f"\nMeasuring the model before and after, {settings.eval_samples} samples for each figure …", flush=True)
-    report = {
-        "settings": vars(settings),
-        "versions": versions(),
-        "device": device_name(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        **evaluate(trainer, tokenizer, reward, settings),
-        **{name: metrics[-1][name] for name in ("samples", "seconds")},
-        "samples_per_second": metrics[-1]["samples"] / metrics[-1]["seconds"],
-        "peak_memory_mb": peak_memory_mb(device),
-    }
-    save_model(policy, tokenizer, settings)
-    write_report(report, metrics, settings)
+        print(f"\nMeasuring the model before and after, {settings.eval_samples} samples for each figure …", flush=True)
+        report = {
+            "settings": vars(settings),
+            "versions": versions(),
+            "device": device_name(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            **evaluate(trainer, tokenizer, reward, settings),
+            **{name: metrics[-1][name] for name in ("samples", "seconds")},
+            "samples_per_second": metrics[-1]["samples"] / metrics[-1]["seconds"],
+            "peak_memory_mb": peak_memory_mb(device),
+        }
+        save_results(policy, tokenizer, report, metrics, settings)
     print(f"{samples_table(report)}\n{verdict(report)}")
     if not report["learned"]:
         print("Try more TRAINING_EPOCHS, a lower KL_COEF, or prompts for which the base model succeeds now and then.")
@@ -620,6 +720,11 @@ def read_settings(argv):
         except ValueError as error:
             setattr(settings, name, default)
             problems.append(f"{name.upper()} is {shorten(value)}: give {error}")
+    for name in ("prompts", "eval_prompts"):
+        try:
+            setattr(settings, name, [prompt for entry in getattr(settings, name) for prompt in read_prompts(entry)])
+        except ValueError as error:
+            problems.append(f"{name.upper()}: {error}")
     problems += check_settings(settings) + check_places(settings)
     if problems:
         raise SettingsError(*problems)
@@ -639,16 +744,44 @@ def convert(value, default):
     raise ValueError({bool: "true or false", int: "one whole number", float: "one number", str: "one value"}[kind])
 
 
+def read_prompts(entry):
+    """Return the prompts that an entry of PROMPTS stands for: those of a file, or itself; a ValueError says why not."""
+    if not entry.endswith((".txt", ".jsonl")):
+        return [entry]
+    try:
+        lines = Path(entry).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"{shorten(entry)} can't be read ({error.strerror}): name a file, or a text") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shorten(entry)} is not UTF-8 at byte {error.start}: save it as UTF-8") from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(json.loads(line)["prompt"] if entry.endswith(".jsonl") else line)
+            if not isinstance(prompts[-1], str):
+                raise TypeError
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            example = '{"prompt": "I feel so"}'
+            raise ValueError(f"{shorten(entry)}, line {number}, is {shorten(line)}: give {example}") from error
+    if not prompts:
+        raise ValueError(f"{shorten(entry)} has no prompts: give one a line")
+    return prompts
+
+
 def check_settings(settings):
     """Return a line for each impossible value or combination: name, value, remedy."""
     batch_size = max(settings.batch_size, 1)
     shared = sorted(set(settings.prompts) & set(settings.eval_prompts))
     updates = settings.ppo_epochs * batch_size / (settings.mini_batch_size or batch_size)
+    countable = range(1, 10**6 + 1).__contains__
     function, texts = re.compile(r"positive_word_reward|.+\.py:\w+"), "one or more texts, none empty"
     rules = [
-        ("LORA_RANK LORA_ALPHA TRAINING_EPOCHS BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS", lambda v: v >= 1, "1 or more"),
-        ("EVAL_SAMPLES EVAL_BATCH_SIZE LOG_EVERY", lambda v: v >= 1, "1 or more"),
-        ("LEARNING_RATE TEMPERATURE CLIP_RANGE VALUE_CLIP_RANGE", lambda v: v > 0, "a number above 0"),
+        ("LORA_RANK LORA_ALPHA TRAINING_EPOCHS BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS", countable, "1 to 1000000"),
+        ("EVAL_SAMPLES EVAL_BATCH_SIZE LOG_EVERY", countable, "1 to 1000000"),
+        ("LEARNING_RATE CLIP_RANGE VALUE_CLIP_RANGE", lambda v: v > 0, "a number above 0"),
+        ("TEMPERATURE", lambda v: 0.01 <= v <= 100, "a number from 0.01 to 100"),
         ("TARGET_APPROX_KL KL_COEF VF_COEF MAX_GRAD_NORM SAVE_EVERY MINI_BATCH_SIZE", lambda v: v >= 0, "0 or more"),
         ("SEED", lambda v: 0 <= v < 2**32, "a number from 0 to 4294967295"),
         ("GAMMA LAM", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
@@ -656,6 +789,7 @@ def check_settings(settings):
         ("LORA_TARGETS PROMPTS EVAL_PROMPTS POSITIVE_WORDS", lambda v: v and all(map(str.strip, v)), texts),
         ("EVAL_PROMPTS", lambda v: not shared, f"prompts that are not in PROMPTS, as {shared} is"),
         ("PROMPTS EVAL_PROMPTS", lambda v: len(set(v)) == len(v), "each prompt once"),
+        ("POSITIVE_WORDS", lambda v: all(word == word.strip() for word in v), "words without spaces around them"),
         ("QUANTIZATION", ("none", "8bit", "4bit").__contains__, "none, 8bit or 4bit"),
         ("DTYPE", ("auto", "float32", "bfloat16", "float16").__contains__, "auto, float32, bfloat16 or float16"),
         ("DTYPE", lambda v: v != "float16" or pick_device(settings)[0] != "cpu", "float32 or bfloat16 on a CPU"),
@@ -684,6 +818,8 @@ def check_places(settings):
             problems.append("it holds files that are not a run's")
         if Path.cwd().is_relative_to(output.resolve()):
             problems.append("it is or holds the current folder")
+        if is_locked(output):
+            problems.append("another run is writing there")
         if os.path.isdir(name) and Path(name).resolve().is_relative_to(output.resolve()):
             problems.append("MODEL_NAME is read from there")
     except (OSError, ValueError) as error:
@@ -704,7 +840,7 @@ def load_reward(settings):
         if not callable(function):
             raise TypeError(f"{name} is no function")
         return function
-    except Exception as error:  # the file is the user's and may raise anything
+    except (Exception, SystemExit) as error:  # the file is the user's and may raise anything
         raise SettingsError(f"REWARD is {settings.reward}: it can't be loaded: {error!r}") from error
 
 
@@ -790,14 +926,34 @@ def is_run(folder):
     return any((folder / name).exists() for name in ("metrics.jsonl", "report.json", "checkpoint"))
 
 
+def is_locked(folder):
+    """Return whether another run is writing into the folder."""
+    path = folder / "checkpoint" / "lock"
+    try:
+        if path.exists():  # there is one while a run goes on, and after a crash
+            with FileLock(path, blocking=False):
+                return False
+    except Timeout:
+        return True
+    return False
+
+
 def prepare_output(settings):
-    """Make OUTPUT_DIR; move an earlier run found there aside to OUTPUT_DIR-1, -2, …, unless it is to go on."""
-    output = Path(settings.output_dir)
-    if is_run(output) and not settings.resume:
-        aside = next(path for n in itertools.count(1) if not (path := Path(f"{output}-{n}")).exists())
-        output.rename(aside)
+    """Make OUTPUT_DIR and return a lock on it; move an earlier run to OUTPUT_DIR-1, -2, …, unless it is to go on."""
+    output, aside = Path(settings.output_dir), None
+    try:
+        if is_run(output) and not settings.resume and not is_locked(output):
+            aside = next(path for n in itertools.count(1) if not (path := Path(f"{output}-{n}")).exists())
+            output.rename(aside)
+        (output / "checkpoint").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / "checkpoint" / "lock").acquire(blocking=False)
+    except Timeout as error:
+        raise SettingsError(f"OUTPUT_DIR is {output}: another run is writing there: name another folder") from error
+    except OSError as error:
+        raise SettingsError(f"OUTPUT_DIR is {output}: {error.strerror}: name another folder") from error
+    if aside:
         print(f"The earlier run in {output}/ was moved to {aside}/")
-    output.mkdir(parents=True, exist_ok=True)
+    return lock
 
 
 def find_checkpoint(settings):
@@ -807,28 +963,30 @@ def find_checkpoint(settings):
 
 
 def save_checkpoint(trainer, settings, metrics):
-    """Save all that a run needs to go on: written beside the last checkpoint, then put in its place."""
+    """Save all that a run needs to go on: written beside the last checkpoint, then put in its place.
+
+    Random states are not among it: each step sets its own seed.
+    """
     tensors = {f"model.{name}": value for name, value in trainer.model.named_parameters() if value.requires_grad}
     optimizer = trainer.optimizer.state_dict()
     for index, moments in optimizer["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-    tensors["random.torch"] = torch.get_rng_state()
-    if trainer.current_device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
     state = {
         "settings": vars(settings),
+        "versions": versions(),
         "metrics": metrics,
         "param_groups": optimizer["param_groups"],
         "scaler": trainer.accelerator.scaler and trainer.accelerator.scaler.state_dict(),
-        "random.numpy": numpy.random.get_state(),
     }
-    folder = Path(settings.output_dir, "checkpoint")
-    folder.mkdir(exist_ok=True)
+    new = Path(settings.output_dir, "checkpoint", "state.new")
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "state.new", {"state": json.dumps(state, default=numpy.ndarray.tolist)})
-    with open(folder / "state.new", "rb+") as file:
-        os.fsync(file.fileno())
-    (folder / "state.new").replace(folder / "state.safetensors")  # at one stroke: there is always a whole one
+    try:
+        save_file(tensors, new, {"state": json.dumps(state)})
+        with open(new, "rb+") as file:
+            os.fsync(file.fileno())
+        new.replace(new.with_name("state.safetensors"))  # at one stroke: there is always a whole one
+    finally:
+        new.unlink(missing_ok=True)  # what a full disk left of it
 
 
 def read_checkpoint(path):
@@ -844,37 +1002,46 @@ def check_resume(settings):
         return [f"RESUME is True: there is no checkpoint in {settings.output_dir}: start without it"]
     try:
         state = read_checkpoint(path)[0]
-        saved, done = state["settings"], len(state["metrics"])
+        changed, done = changed_settings(settings, state), len(state["metrics"])
     except Exception as error:
         return [f"RESUME is True: the checkpoint {path} is broken ({shorten(repr(error))}): start without it"]
     if done > count_steps(settings):
         return [f"TRAINING_EPOCHS is {settings.training_epochs}, less than the checkpoint's {done} steps: give more"]
     free = "output_dir training_epochs eval_prompts eval_samples eval_batch_size log_every save_every resume report_to"
+    free += " device mini_batch_size max_grad_norm target_approx_kl"
     return [
-        f"{name.upper()} is {shorten(value)}, but {shorten(saved.get(name))} in the checkpoint: give that or start anew"
-        for name, value in vars(settings).items()
-        if value != saved.get(name) and name not in free.split()
+        f"{name.upper()} is {shorten(value)}, but {shorten(old)} in the checkpoint: give that or start anew"
+        for name, (value, old) in changed.items()
+        if name not in free.split()
     ]
 
 
+def changed_settings(settings, state):
+    """Return {name: (value, value in the checkpoint)} where they differ."""
+    old = state["settings"] | {"resume": settings.resume, "output_dir": settings.output_dir}
+    if os.path.normpath(old["model_name"]) == os.path.normpath(settings.model_name):
+        old["model_name"] = settings.model_name
+    return {name: (value, old.get(name)) for name, value in vars(settings).items() if value != old.get(name)}
+
+
 def load_checkpoint(trainer, settings):
-    """Put the trainer and all random states back to the last checkpoint; return its metrics."""
+    """Put the trainer back to the last checkpoint, tell what has changed since, and return its metrics."""
     state, tensors = read_checkpoint(find_checkpoint(settings))
-    parameters, moments = dict(trainer.model.named_parameters()), {}
+    parameters, moments = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}, {}
     for name, tensor in tensors.items():
         kind, _, name = name.partition(".")
-        if kind == "model":
-            parameters[name].data.copy_(tensor)
+        if kind == "model" and name in parameters:
+            parameters.pop(name).data.copy_(tensor)
         elif kind == "optimizer":
             index, key = name.split(".")
             moments.setdefault(int(index), {})[key] = tensor
+    if parameters:
+        raise SettingsError(f"RESUME is True: the checkpoint lacks {min(parameters)}: start without it")
     trainer.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
     if state["scaler"] and trainer.accelerator.scaler:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(tensors["random.torch"])
-    if "random.cuda" in tensors and trainer.current_device.type == "cuda":  # it may go on on another device
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    numpy.random.set_state(state["random.numpy"])
+    for name, (value, old) in changed_settings(settings, state).items():
+        print(f"{name.upper()} is {shorten(value)} from now on, {shorten(old)} until now")
     return state["metrics"]
 
 
@@ -900,8 +1067,8 @@ class Log:
 
     def __init__(self, total_steps, metrics, settings):
         self.settings, self.start, self.done = settings, time.perf_counter(), len(metrics)
-        self.file = open(Path(settings.output_dir, "metrics.jsonl"), "w", encoding="utf-8", buffering=1)
-        self.file.writelines(json.dumps(record) + "\n" for record in metrics)  # of a run that goes on
+        self.path = Path(settings.output_dir, "metrics.jsonl")
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in metrics))  # of a run that goes on
         shape, terminal = "{n_fmt}/{total_fmt} |{bar:12}| {remaining} left, {desc}", is_terminal()
         self.bar = tqdm(total=total_steps, initial=self.done, bar_format=shape, disable=not terminal)
         self.tensorboard = None
@@ -913,10 +1080,13 @@ class Log:
     def write(self, metrics):
         """Write down the last record, and show how the last 100 samples did."""
         step, settings = len(metrics), self.settings
-        self.file.write(json.dumps(metrics[-1]) + "\n")
-        if self.tensorboard:
-            for name, value in metrics[-1].items():
+        with open(self.path, "a") as file:
+            file.write(json.dumps(metrics[-1]) + "\n")
+        for name, value in metrics[-1].items():
+            if self.tensorboard and value is not None:
                 self.tensorboard.add_scalar(name, value, step)
+        for text in warnings_of(metrics, settings):
+            tqdm.write(f"step {step}: {text}")
         rate, score, kl = (recent(metrics, name, settings) for name in ("success_rate", "score", "kl"))
         text = f"success {rate:4.0%}, score {score:+.2f}, KL {kl:.2f}"
         self.bar.set_description_str(text, refresh=False)
@@ -928,20 +1098,34 @@ class Log:
     def close(self):
         """Leave the bar as it stands and the files complete."""
         self.bar.close()
-        self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
 
 
 def is_terminal():
     """Return whether somebody watches: a bar in a file would be noise."""
-    return sys.stdout.isatty() and sys.stderr.isatty()
+    return all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))  # None where they are closed
 
 
 def recent(metrics, name, settings, samples=100):
-    """Return the mean of a metric over the steps of the last samples."""
+    """Return the mean of a metric over the steps of the last samples, those left out that were not finite."""
     values = [record[name] for record in metrics[-math.ceil(samples / settings.batch_size) :]]
-    return sum(values) / len(values)
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else math.nan
+
+
+def warnings_of(metrics, settings):
+    """Return what the user should know of the last step: skipped updates, and a KL that has just gone wrong."""
+    lines = []
+    if skipped := metrics[-1]["skipped_updates"]:
+        lines.append(f"{skipped} updates skipped, since their numbers were not finite")
+    before = recent(metrics[:-1], "kl", settings) if len(metrics) > 1 else 0.0
+    kl = recent(metrics, "kl", settings)
+    if ran_away(kl, settings) and not ran_away(before, settings):
+        lines.append(f"the KL has run away to {kl:.1f} nats: stop, and raise KL_COEF or lower TARGET_APPROX_KL")
+    if kl < -0.1 <= before:
+        lines.append(f"the KL is {kl:.1f} nats, and none can be below 0: what is sampled is not what is trained")
+    return lines
 
 
 def device_name(device):
@@ -966,7 +1150,19 @@ def peak_memory_mb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
-def save_model(policy, tokenizer, settings):
+def save_results(policy, tokenizer, report, metrics, settings):
+    """Write model, report and picture into a folder of their own, then move them into place: nothing is ever torn."""
+    output, new = Path(settings.output_dir), Path(settings.output_dir, "checkpoint", "results.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    save_model(policy, tokenizer, settings, new)
+    write_report(report, metrics, settings, new)
+    for path in new.iterdir():
+        path.replace(output / path.name)
+    new.rmdir()
+
+
+def save_model(policy, tokenizer, settings, folder):
     """Save the policy as an ordinary model, with the adapter merged into its weights, and the tokenizer."""
     model = policy.pretrained_model
     if settings.quantization != "none":  # merged into 4 or 8 bits, most of the update would be rounded away
@@ -974,11 +1170,14 @@ def save_model(policy, tokenizer, settings):
         model = get_peft_model(model.unload().dequantize(), lora)
         set_peft_model_state_dict(model, adapter)
     tokenizer.padding_side = "left"  # as generation needs it
-    model.merge_and_unload().save_pretrained(settings.output_dir)
-    tokenizer.save_pretrained(settings.output_dir)
+    merged = model.merge_and_unload()
+    if not all(weight.isfinite().all() for weight in merged.state_dict().values()):
+        raise RunError("the trained weights are not finite: set DTYPE to float32, or lower TARGET_APPROX_KL")
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
-def draw(report, metrics, settings):
+def draw(report, metrics, settings, folder):
     """Draw training.png: the learning curve and, beside it, success against KL under the line of the possible."""
     from matplotlib.figure import Figure  # here, since it takes a second to load
 
@@ -1010,7 +1209,7 @@ def draw(report, metrics, settings):
     right.plot(trained["kl"], trained["success_rate"], "*", color=orange, markersize=15, label="trained, measured")
     right.set(xlabel=kl_label, ylabel="success rate", title="What success costs")
     right.legend(loc="lower right", fontsize=8)
-    figure.savefig(Path(settings.output_dir, "training.png"), dpi=100)
+    figure.savefig(folder / "training.png", dpi=100)
 
 
 def samples_table(report):
@@ -1019,7 +1218,8 @@ def samples_table(report):
     widths = (20, 28, 28)
     for title, prompts in (("PROMPT", "train_prompts"), ("HELD-OUT PROMPT", "eval_prompts")):
         before, after = (report[model][prompts]["first_sample"] for model in ("base", "trained"))
-        for row in [(title, "BEFORE", "AFTER"), *((prompt, before[prompt], after[prompt]) for prompt in before)]:
+        shown = list(before)[:6]
+        for row in [(title, "BEFORE", "AFTER"), *((prompt, before[prompt], after[prompt]) for prompt in shown)]:
             cells = [wrap(cell.strip(), width) for cell, width in zip(row, widths)]
             for parts in itertools.zip_longest(*cells, fillvalue=""):
                 lines.append("  ".join(f"{part:{width}}" for part, width in zip(parts, widths)).rstrip())
@@ -1031,12 +1231,16 @@ def verdict(report):
     """Return the result in words."""
     (base, base_eval), (trained, trained_eval) = (report[model].values() for model in ("base", "trained"))
     least = f" (the least possible is {trained['kl_minimum']:.1f})" if report["learned"] else ""
-    text = (
-        f"Success: {base['success_rate']:.1%} before, {trained['success_rate']:.1%} after, at {trained['kl']:.1f} nats "
-        f"of KL{least}; on held-out prompts {base_eval['success_rate']:.1%} before, {trained_eval['success_rate']:.1%} "
-        "after."
+    before, after, before_eval, after_eval = (
+        f"{part['success_rate']:.1%}" for part in (base, trained, base_eval, trained_eval)
     )
-    return text if report["learned"] else f"{text}\nThat is no rise beyond chance: this run did not learn."
+    text = f"Success: {before} before, {after} after, at {trained['kl']:z.1f} nats of KL{least}; "
+    text += f"on held-out prompts {before_eval} before, {after_eval} after."
+    if not report["learned"]:
+        text += "\nThat is no rise beyond chance: this run did not learn."
+    if not report["close_to_base"]:
+        text += "\nLittle is left of the base model: raise KL_COEF or lower TARGET_APPROX_KL."
+    return text
 
 
 def loading_snippet(folder, prompt):
@@ -1048,7 +1252,7 @@ model = AutoModelForCausalLM.from_pretrained({folder!r})
 print(tokenizer.decode(model.generate(**tokenizer({prompt!r}, return_tensors="pt"))[0]))"""
 
 
-def write_report(report, metrics, settings):
+def write_report(report, metrics, settings, folder):
     """Write report.json, training.png and the model card README.md."""
     columns = [report[model][p] for p in ("train_prompts", "eval_prompts") for model in ("base", "trained")]
     names = ("success_rate", "score", "kl", "kl_minimum", "distinct", "perplexity_under_base")
@@ -1078,9 +1282,9 @@ To load it, from this folder:
 {loading_snippet(".", settings.prompts[0])}
 ```
 """
-    Path(settings.output_dir, "README.md").write_text(card, encoding="utf-8")
-    Path(settings.output_dir, "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    draw(report, metrics, settings)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    draw(report, metrics, settings, folder)
 
 
 if __name__ == "__main__":

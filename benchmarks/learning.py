@@ -47,9 +47,20 @@ VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
         [],
         "train_rlhf.ExactKLTrainer.compute_advantages = train_rlhf.PPOTrainer.compute_advantages",
     ),
+    "the critic does not see what was earned": (
+        [],
+        "forward = train_rlhf.PolicyWithValueHead.forward\n"
+        "train_rlhf.PolicyWithValueHead.forward = lambda self, earned=0.0, **inputs: forward(self, **inputs)",
+    ),
+    "target falls as a straight line": (
+        [],
+        "adapt, full = train_rlhf.adapt_learning_rate, train_rlhf.TARGET_APPROX_KL\n"
+        "train_rlhf.adapt_learning_rate = lambda rate, kl, target: adapt(rate, kl, full * (target / full) ** (1 / 3))",
+    ),
     "LAM 1": (["--lam", "1"], ""),
     "TARGET_APPROX_KL * 4": (["--target-approx-kl", "0.01"], ""),
-    "KL_COEF / 2": (["--kl-coef", "0.1"], ""),
+    "KL_COEF / 2": (["--kl-coef", "0.05"], ""),
+    "KL_COEF * 2": (["--kl-coef", "0.2"], ""),
 }
 COLUMNS = "last 200 | worst seed | samples to 80 % | trained | held out | KL | least KL | distinct"
 
