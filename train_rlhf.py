@@ -48,7 +48,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from huggingface_hub.hf_api import ModelInfo
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -183,6 +183,8 @@ def load_policy(path, tokenizer, settings, device, dtype):
     try:
         base, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:
+        if lacks_memory(error):
+            raise
         raise bad_model(settings, error) from error
     if loading["missing_keys"]:  # transformers would go on with random numbers
         raise bad_model(settings, f"it lacks weights such as {min(loading['missing_keys'])}")
@@ -196,7 +198,9 @@ def load_policy(path, tokenizer, settings, device, dtype):
             module.support_avx512bf16_for_cpu = False
     own = base.generation_config
     ids = {"bos_token_id": own.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    ids["eos_token_id"] = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+    ends = ids["eos_token_id"] = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+    if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends])):
+        raise bad_model(settings, f"its end token is {ends!r}, which is no number")
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}  # and no penalties
     base.generation_config = GenerationConfig(max_new_tokens=settings.max_new_tokens, **sampling, **ids)
     targets = "all-linear" if settings.lora_targets == ["all-linear"] else settings.lora_targets
@@ -258,15 +262,16 @@ def score_response(reward, prompt, text):
     """Return the score of a response; letters that only prolong the prompt's last word are no word of its own."""
     if prompt[-1].isalnum():  # ASCII, since not every script has spaces between words
         text = re.sub(r"^\w+", "", text, flags=re.ASCII)
+    name = getattr(reward, "__name__", type(reward).__name__)
     try:
         score = reward(text)
     except (Exception, SystemExit) as error:  # the function is the user's and may raise anything
-        raise RunError(f"REWARD, {reward.__name__}, raised {error!r} for {text!r}: mend it") from error
-    with suppress(TypeError, ValueError, OverflowError):
+        raise RunError(f"REWARD, {name}, raised {shorten(repr(error), 200)} for {text!r}: mend it") from error
+    with suppress(Exception):
         if math.isfinite(score):  # a TypeError where it is no number
             return float(score)
     gave = f"gave {shorten(repr(score))} for {text!r}"
-    raise RunError(f"REWARD, {reward.__name__}, {gave}: it has to return one finite number for one text")
+    raise RunError(f"REWARD, {name}, {gave}: it has to return one finite number for one text")
 
 
 def score_tokens(reward, tokenizer, prompt, query, response, score):
@@ -525,12 +530,12 @@ def mean_kl_minimum(base, trained):
     With few samples of each prompt it is that of the mean rates, which is never more, since the bound is convex. A base
     rate of 0 or 1 may be up to half a response away from it: so few samples can't tell how near it is.
     """
-    each, bounds = base["samples"] / len(base["success_by_prompt"]), []
+    rates, base_rates = trained["success_by_prompt"], base["success_by_prompt"]
+    each, bounds = base["samples"] / len(base_rates), []
     if each < 10:
-        pairs, each = [(trained["success_rate"], base["success_rate"])], base["samples"]
-    else:
-        pairs = zip(trained["success_by_prompt"].values(), base["success_by_prompt"].values())
-    for rate, base_rate in pairs:
+        rates, base_rates, each = {"": trained["success_rate"]}, {"": base["success_rate"]}, base["samples"]
+    for prompt, rate in rates.items():
+        base_rate = base_rates[prompt]
         if base_rate in (0, 1):
             base_rate = min(max(rate, base_rate - 0.5 / each), base_rate + 0.5 / each)
         bounds.append(kl_minimum(rate, base_rate))
@@ -565,7 +570,7 @@ def main(argv=None):
     warnings.filterwarnings("ignore", message=noise)  # what pinned libraries say of themselves helps no user
     transformers.logging.disable_progress_bar()  # of loading weights
     transformers.logging.set_verbosity_error()
-    stop = StopSignal()
+    stop, settings = StopSignal(), None
     try:
         settings = read_settings(argv)
         run(settings, stop)
@@ -579,13 +584,9 @@ def main(argv=None):
         print(f"\nStopped; {what_is_saved(settings, stop)}", file=sys.stderr)
         return 128 + stop.signal
     except Exception as error:
-        if (reason := explain(error, settings)) is None:
+        if settings is None or (reason := explain(error, settings)) is None:
             raise
         print(f"\nStopped: {reason}; {what_is_saved(settings, stop)}", file=sys.stderr)
-        try:
-            print(end="", flush=True)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
         return 1
     return 0
 
@@ -595,13 +596,28 @@ def explain(error, settings):
     text = shorten(getattr(error, "strerror", None) or error, 200)
     if isinstance(error, RunError):
         return str(error)
-    if isinstance(error, BrokenPipeError):
-        return "nobody reads the output any more"
+    if lacks_memory(error):
+        return f"there is too little memory: {memory_remedy(settings)}"
+    if isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and not is_read()):
+        return f"the output can't be written ({text}): send it to a file with room for it"
     if isinstance(error, OSError | SafetensorError) or "os error" in text:  # the latter are Rust libraries' own
         return f"OUTPUT_DIR is {settings.output_dir}: it can't be written ({text}): make room there"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return f"there is too little memory: {memory_remedy(settings)}"
     return None
+
+
+def is_read():
+    """Return whether what was printed has gone out, to somebody who reads it or to a disk with room for it."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        return False
+    return True
+
+
+def lacks_memory(error):
+    """Return whether an error comes from too little memory."""
+    texts = ("can't allocate memory", "Cannot allocate memory")  # PyTorch's on a CPU, the operating system's
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def memory_remedy(settings):
@@ -749,7 +765,7 @@ def read_prompts(entry):
     if not entry.endswith((".txt", ".jsonl")):
         return [entry]
     try:
-        lines = Path(entry).read_text(encoding="utf-8").splitlines()
+        lines = Path(entry).read_text(encoding="utf-8-sig").split("\n")  # a BOM is no part of the first prompt
     except OSError as error:
         raise ValueError(f"{shorten(entry)} can't be read ({error.strerror}): name a file, or a text") from error
     except UnicodeDecodeError as error:
@@ -774,19 +790,21 @@ def check_settings(settings):
     """Return a line for each impossible value or combination: name, value, remedy."""
     batch_size = max(settings.batch_size, 1)
     shared = sorted(set(settings.prompts) & set(settings.eval_prompts))
-    updates = settings.ppo_epochs * batch_size / (settings.mini_batch_size or batch_size)
+    updates = settings.ppo_epochs * batch_size / (max(settings.mini_batch_size, 0) or batch_size)
     countable = range(1, 10**6 + 1).__contains__
     function, texts = re.compile(r"positive_word_reward|.+\.py:\w+"), "one or more texts, none empty"
     rules = [
         ("LORA_RANK LORA_ALPHA TRAINING_EPOCHS BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS", countable, "1 to 1000000"),
         ("EVAL_SAMPLES EVAL_BATCH_SIZE LOG_EVERY", countable, "1 to 1000000"),
-        ("LEARNING_RATE CLIP_RANGE VALUE_CLIP_RANGE", lambda v: v > 0, "a number above 0"),
+        ("LEARNING_RATE", lambda v: v > 0, "a number above 0"),
+        ("CLIP_RANGE VALUE_CLIP_RANGE", lambda v: 0 < v <= 1000, "a number above 0, at most 1000"),
         ("TEMPERATURE", lambda v: 0.01 <= v <= 100, "a number from 0.01 to 100"),
         ("TARGET_APPROX_KL KL_COEF VF_COEF MAX_GRAD_NORM SAVE_EVERY MINI_BATCH_SIZE", lambda v: v >= 0, "0 or more"),
         ("SEED", lambda v: 0 <= v < 2**32, "a number from 0 to 4294967295"),
         ("GAMMA LAM", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
         ("MINI_BATCH_SIZE", lambda v: v < 1 or batch_size % v == 0, f"0 or a divisor of BATCH_SIZE, {batch_size}"),
         ("LORA_TARGETS PROMPTS EVAL_PROMPTS POSITIVE_WORDS", lambda v: v and all(map(str.strip, v)), texts),
+        ("MODEL_NAME OUTPUT_DIR REWARD LORA_TARGETS PROMPTS EVAL_PROMPTS POSITIVE_WORDS", is_text, "text in UTF-8"),
         ("EVAL_PROMPTS", lambda v: not shared, f"prompts that are not in PROMPTS, as {shared} is"),
         ("PROMPTS EVAL_PROMPTS", lambda v: len(set(v)) == len(v), "each prompt once"),
         ("POSITIVE_WORDS", lambda v: all(word == word.strip() for word in v), "words without spaces around them"),
@@ -808,6 +826,11 @@ def check_settings(settings):
     ]
 
 
+def is_text(value):
+    """Return whether a text, or each of several, has nothing that can't be written, such as half a character."""
+    return all(ord(letter) not in range(0xD800, 0xE000) for letter in "".join(value))
+
+
 def check_places(settings):
     """Return a line for each file or folder that can't be read or written as the settings want it."""
     problems, output, name = [], Path(settings.output_dir), settings.model_name
@@ -822,7 +845,7 @@ def check_places(settings):
             problems.append("another run is writing there")
         if os.path.isdir(name) and Path(name).resolve().is_relative_to(output.resolve()):
             problems.append("MODEL_NAME is read from there")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last one where links lead in a circle
         problems.append(f"it can't be written ({getattr(error, 'strerror', error)})")
     problems = [f"OUTPUT_DIR is {shorten(output)}: {problem}: name another folder" for problem in problems]
     if os.path.isfile(name) or (not os.path.isdir(name) and name.startswith(("/", ".", "~"))):
@@ -841,7 +864,7 @@ def load_reward(settings):
             raise TypeError(f"{name} is no function")
         return function
     except (Exception, SystemExit) as error:  # the file is the user's and may raise anything
-        raise SettingsError(f"REWARD is {settings.reward}: it can't be loaded: {error!r}") from error
+        raise SettingsError(f"REWARD is {settings.reward}: it can't be loaded: {shorten(repr(error), 200)}") from error
 
 
 def find_model(name):
@@ -959,7 +982,7 @@ def prepare_output(settings):
 def find_checkpoint(settings):
     """Return the file of the last checkpoint, or None."""
     path = Path(settings.output_dir, "checkpoint", "state.safetensors")
-    return path if path.exists() else None
+    return path if os.path.exists(path) else None
 
 
 def save_checkpoint(trainer, settings, metrics):
@@ -981,8 +1004,9 @@ def save_checkpoint(trainer, settings, metrics):
     new = Path(settings.output_dir, "checkpoint", "state.new")
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(tensors, new, {"state": json.dumps(state)})
-        with open(new, "rb+") as file:
+        with open(new, "wb") as file:
+            file.write(save(tensors, {"state": json.dumps(state)}))
+            file.flush()
             os.fsync(file.fileno())
         new.replace(new.with_name("state.safetensors"))  # at one stroke: there is always a whole one
     finally:
@@ -992,7 +1016,7 @@ def save_checkpoint(trainer, settings, metrics):
 def read_checkpoint(path):
     """Return what save_checkpoint wrote: the dictionary and the tensors by name."""
     with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["state"]), load_file(path)
+        return json.loads(file.metadata()["state"]), load(path.read_bytes())
 
 
 def check_resume(settings):
@@ -1004,7 +1028,7 @@ def check_resume(settings):
         state = read_checkpoint(path)[0]
         changed, done = changed_settings(settings, state), len(state["metrics"])
     except Exception as error:
-        return [f"RESUME is True: the checkpoint {path} is broken ({shorten(repr(error))}): start without it"]
+        return [broken_checkpoint(path, error)]
     if done > count_steps(settings):
         return [f"TRAINING_EPOCHS is {settings.training_epochs}, less than the checkpoint's {done} steps: give more"]
     free = "output_dir training_epochs eval_prompts eval_samples eval_batch_size log_every save_every resume report_to"
@@ -1014,6 +1038,11 @@ def check_resume(settings):
         for name, (value, old) in changed.items()
         if name not in free.split()
     ]
+
+
+def broken_checkpoint(path, error):
+    """Return the problem with a checkpoint that can't be read."""
+    return f"RESUME is True: the checkpoint {path} is broken ({shorten(repr(error))}): start without it"
 
 
 def changed_settings(settings, state):
@@ -1026,20 +1055,21 @@ def changed_settings(settings, state):
 
 def load_checkpoint(trainer, settings):
     """Put the trainer back to the last checkpoint, tell what has changed since, and return its metrics."""
-    state, tensors = read_checkpoint(find_checkpoint(settings))
-    parameters, moments = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}, {}
-    for name, tensor in tensors.items():
-        kind, _, name = name.partition(".")
-        if kind == "model" and name in parameters:
-            parameters.pop(name).data.copy_(tensor)
-        elif kind == "optimizer":
-            index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = tensor
-    if parameters:
-        raise SettingsError(f"RESUME is True: the checkpoint lacks {min(parameters)}: start without it")
-    trainer.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
-    if state["scaler"] and trainer.accelerator.scaler:
-        trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    path, moments = find_checkpoint(settings), {}
+    try:
+        state, tensors = read_checkpoint(path)
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(tensors[f"model.{name}"])
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                moments.setdefault(int(index), {})[key] = tensor
+        trainer.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
+        if state["scaler"] and trainer.accelerator.scaler:
+            trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    except Exception as error:  # it may be of another model in the same folder
+        raise SettingsError(broken_checkpoint(path, error)) from error
     for name, (value, old) in changed_settings(settings, state).items():
         print(f"{name.upper()} is {shorten(value)} from now on, {shorten(old)} until now")
     return state["metrics"]
@@ -1118,7 +1148,7 @@ def warnings_of(metrics, settings):
     """Return what the user should know of the last step: skipped updates, and a KL that has just gone wrong."""
     lines = []
     if skipped := metrics[-1]["skipped_updates"]:
-        lines.append(f"{skipped} updates skipped, since their numbers were not finite")
+        lines.append(f"updates skipped, since their numbers were not finite: {skipped}")
     before = recent(metrics[:-1], "kl", settings) if len(metrics) > 1 else 0.0
     kl = recent(metrics, "kl", settings)
     if ran_away(kl, settings) and not ran_away(before, settings):
@@ -1154,12 +1184,16 @@ def save_results(policy, tokenizer, report, metrics, settings):
     """Write model, report and picture into a folder of their own, then move them into place: nothing is ever torn."""
     output, new = Path(settings.output_dir), Path(settings.output_dir, "checkpoint", "results.new")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    save_model(policy, tokenizer, settings, new)
-    write_report(report, metrics, settings, new)
-    for path in new.iterdir():
-        path.replace(output / path.name)
-    new.rmdir()
+    try:
+        new.mkdir()
+        save_model(policy, tokenizer, settings, new)
+        write_report(report, metrics, settings, new)
+        mode = (new / "README.md").stat().st_mode  # safetensors would let nobody else read the model
+        for path in new.iterdir():
+            path.chmod(mode)
+            path.replace(output / path.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)  # what a full disk left of it
 
 
 def save_model(policy, tokenizer, settings, folder):

@@ -62,6 +62,12 @@ def test_the_bound_of_several_prompts_is_the_mean_of_theirs():
     assert mean_kl_minimum(base, trained) == pytest.approx((kl_minimum(0.6, 0.1) + kl_minimum(0.9, 0.5)) / 2)
 
 
+def test_the_bound_of_many_prompts_with_few_samples_each_is_that_of_the_mean_rates():
+    base = {"samples": 4, "success_rate": 0.25, "success_by_prompt": {"a": 0.5, "b": 0.0}}
+    trained = {"samples": 4, "success_rate": 0.75, "success_by_prompt": {"a": 1.0, "b": 0.5}}
+    assert mean_kl_minimum(base, trained) == pytest.approx(kl_minimum(0.75, 0.25))
+
+
 @pytest.mark.parametrize("base_rate", [0.0, 1.0])
 def test_a_base_model_that_never_or_always_succeeded_leaves_the_bound_finite(base_rate):
     base = {"samples": 200, "success_by_prompt": {"a": base_rate, "b": 0.5}}

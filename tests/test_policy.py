@@ -236,23 +236,23 @@ def test_a_saved_policy_says_the_same_in_plain_transformers(
         step(built)
     prompts = settings.prompts + settings.eval_prompts
     before = greedy(built.policy.pretrained_model, built.tokenizer, prompts)
-    train_rlhf.save_model(built.policy, built.tokenizer, settings)
+    train_rlhf.save_model(built.policy, built.tokenizer, settings, tmp_path / "saved")
 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    tokenizer = AutoTokenizer.from_pretrained("../trained_model")
-    model = AutoModelForCausalLM.from_pretrained("../trained_model")
+    tokenizer = AutoTokenizer.from_pretrained("../saved")
+    model = AutoModelForCausalLM.from_pretrained("../saved")
     assert greedy(model, tokenizer, prompts) == before
     base = AutoModelForCausalLM.from_pretrained(demo_model).float()
     assert (greedy(base, tokenizer, prompts) == before) == (steps == 0)
-    assert not list((tmp_path / "trained_model").glob("adapter*"))
+    assert not list((tmp_path / "saved").glob("adapter*"))
 
 
-def test_the_saved_model_samples_at_the_temperature_it_was_trained_for(build, make_settings):
+def test_the_saved_model_samples_at_the_temperature_it_was_trained_for(build, make_settings, tmp_path):
     settings = make_settings("--temperature", "0.7", "--max-new-tokens", "9")
     built = build(settings)
-    train_rlhf.save_model(built.policy, built.tokenizer, settings)
-    config = AutoModelForCausalLM.from_pretrained(settings.output_dir).generation_config
+    train_rlhf.save_model(built.policy, built.tokenizer, settings, tmp_path / "saved")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").generation_config
     assert (config.do_sample, config.temperature, config.top_k, config.max_new_tokens) == (True, 0.7, 0, 9)
 
 
@@ -273,8 +273,8 @@ def test_a_quantized_model_learns_and_is_saved_whole(
     inputs = built.tokenizer("I feel so", return_tensors="pt")
     with torch.no_grad():
         before = torch.softmax(built.policy.pretrained_model(**inputs).logits[0, -1].float(), dim=-1)
-    train_rlhf.save_model(built.policy, built.tokenizer, settings)
-    model = AutoModelForCausalLM.from_pretrained(settings.output_dir)
+    train_rlhf.save_model(built.policy, built.tokenizer, settings, tmp_path / "saved")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert not getattr(model.config, "quantization_config", None)
     with torch.no_grad():
         after = torch.softmax(model(**inputs).logits[0, -1].float(), dim=-1)

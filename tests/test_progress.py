@@ -13,7 +13,7 @@ class Terminal(io.StringIO):
 
 
 def record(step, rate=0.5):
-    return {"step": step, "success_rate": rate, "score": 2 * rate - 1, "kl": 0.25 * step}
+    return {"step": step, "success_rate": rate, "score": 2 * rate - 1, "kl": 0.25 * step, "skipped_updates": 0}
 
 
 @pytest.fixture
@@ -65,6 +65,30 @@ def test_the_records_of_a_run_that_goes_on_stay_in_its_file(log, tmp_path):
     written = (tmp_path / "trained_model" / "metrics.jsonl").read_text()  # while it is still open
     assert [json.loads(line) for line in written.splitlines()] == metrics
     progress.close()
+
+
+@pytest.mark.parametrize("screen", [Terminal(), io.StringIO()], ids=["terminal", "pipe"])
+def test_skipped_updates_are_told_at_once_and_once(log, capsys, screen):
+    metrics, progress = [], log(screen)
+    for step, skipped in ((1, 0), (2, 0), (3, 4)):
+        metrics.append(record(step) | {"skipped_updates": skipped})
+        progress.write(metrics)
+    assert capsys.readouterr().out.splitlines()[-1] == "step 3: updates skipped, since their numbers were not finite: 4"
+    metrics.append(record(4))
+    progress.write(metrics)
+    progress.close()
+    assert "skipped" not in capsys.readouterr().out
+
+
+def test_what_was_not_finite_is_left_out_of_the_progress(log, capsys):
+    metrics, progress = [], log(io.StringIO())
+    for step, kl in enumerate((1.0, None, None, None), start=1):
+        metrics.append(record(step) | {"kl": kl, "skipped_updates": 0})
+        progress.write(metrics)
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("KL 1.00")
+    assert lines[1].endswith("KL nan")
 
 
 @pytest.mark.parametrize(("samples", "wanted"), [(50, 4.0), (100, 3.5), (120, 3.0), (10_000, 2.5)])

@@ -1,3 +1,5 @@
+import functools
+
 import numpy
 import pytest
 import torch
@@ -124,9 +126,45 @@ def test_the_score_is_a_float_whatever_number_the_reward_gives(number):
 def test_a_reward_that_is_no_finite_number_stops_the_run_and_shows_the_text(value):
     with pytest.raises(train_rlhf.RunError) as error:
         score_response(lambda text: value, "Life is", " what it is")
-    assert "REWARD" in str(error.value)
-    assert repr(value) in str(error.value)
-    assert "' what it is'" in str(error.value)
+    assert str(error.value) == (
+        f"REWARD, <lambda>, gave {value!r} for ' what it is': it has to return one finite number for one text"
+    )
+
+
+def test_a_reward_that_gives_several_numbers_stops_the_run():
+    for value in (torch.tensor([1.0, 2.0]), numpy.array([1.0, 2.0])):
+        with pytest.raises(train_rlhf.RunError, match="it has to return one finite number for one text"):
+            score_response(lambda text, value=value: value, "Life is", " what it is")
+
+
+@pytest.mark.parametrize("error", [ValueError("no idea"), SystemExit(3), RecursionError(), AssertionError("a\nb")])
+def test_a_reward_that_raises_stops_the_run_and_shows_the_text(error):
+    def kindness(text):
+        raise error
+
+    with pytest.raises(train_rlhf.RunError) as caught:
+        score_response(kindness, "Life is", " what it is")
+    assert str(caught.value) == f"REWARD, kindness, raised {error!r} for ' what it is': mend it"
+    assert caught.value.__cause__ is error
+
+
+def test_ctrl_c_is_no_failure_of_the_reward():
+    def slow(text):
+        raise train_rlhf.Stopped
+
+    with pytest.raises(train_rlhf.Stopped):
+        score_response(slow, "Life is", " what it is")
+
+
+class Unnamed:
+    def __call__(self, text):
+        return None
+
+
+@pytest.mark.parametrize("reward", [Unnamed(), functools.partial(lambda text: None)], ids=["object", "partial"])
+def test_a_reward_without_a_name_is_told_too(reward):
+    with pytest.raises(train_rlhf.RunError, match="gave None for ' what it is'"):
+        score_response(reward, "Life is", " what it is")
 
 
 def test_the_default_reward_takes_the_words_of_the_settings(make_settings):

@@ -22,7 +22,7 @@ LEARNING = ["--training-epochs", "50", "--eval-samples", "60"]
 SHORT = ["--training-epochs", "2", "--batch-size", "5", "--eval-samples", "6"]  # 12 samples asked for, 15 taken
 METRICS = {
     *("step", "samples", "epoch", "success_rate", "score", "reward", "kl", "kl_coef", "learning_rate"),
-    *("policy_loss", "value_loss", "approx_kl", "clip_fraction", "entropy", "distinct", "seconds"),
+    *("policy_loss", "value_loss", "approx_kl", "clip_fraction", "entropy", "distinct", "skipped_updates", "seconds"),
 }
 
 
@@ -102,6 +102,7 @@ def test_the_metrics_of_each_step(learned):
         assert 0 <= record["success_rate"] <= 1 and 0 < record["distinct"] <= 1 and 0 <= record["clip_fraction"] <= 1
         assert record["kl"] > -1e-6 and record["approx_kl"] >= 0 and record["entropy"] > 0
         assert record["learning_rate"] >= 0 and record["kl_coef"] >= 0
+        assert record["skipped_updates"] == 0
     assert learned.metrics[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert learned.metrics[0]["learning_rate"] == train_rlhf.LEARNING_RATE
     seconds = [record["seconds"] for record in learned.metrics]
@@ -385,12 +386,50 @@ def test_a_console_that_lacks_a_character_stops_no_run(call_main, demo_model, tm
 def test_a_reward_that_fails_in_the_middle_is_told_with_its_reason(call_main, demo_model, tmp_path, capsys):
     (tmp_path / "mine.py").write_text("def score(text):\n    return float('nan')\n", encoding="utf-8")
     assert call_main("--model-name", demo_model, *SHORT, "--device", "cpu", "--reward", "mine.py:score") == 1
-    assert capsys.readouterr().err.startswith("Stopped: REWARD gave nan for ")
+    err = capsys.readouterr().err
+    assert err.startswith("\nStopped: REWARD, score, gave nan for ")
+    assert err.endswith(": it has to return one finite number for one text; there was nothing to save yet\n")
+
+
+REWARD = """
+import pathlib
+
+def score(text):
+    calls = pathlib.Path("calls")
+    calls.write_text(calls.read_text() + "." if calls.exists() else ".")
+    if calls.stat().st_size == {last}:
+        raise ValueError("enough")
+    return len(text) / 10
+"""
+
+
+def test_a_reward_that_fails_in_the_middle_costs_no_finished_step(call_main, demo_model, tmp_path, capsys):
+    flags = ["--model-name", demo_model, *SHORT, "--device", "cpu", "--reward", "mine.py:score"]
+    flags += ["--score-prefixes", "false"]  # so that each step calls it 5 times
+    (tmp_path / "mine.py").write_text(REWARD.format(last=12), encoding="utf-8")
+    assert call_main(*flags) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("\nStopped: REWARD, score, raised ValueError('enough') for ")
+    saved = "what was learned up to step 2 is saved. To go on, run the same line with --resume\n"
+    assert err.endswith(f": mend it; {saved}")
+    metrics = read_metrics(tmp_path / "trained_model")
+    assert len(metrics) == 2
+
+    (tmp_path / "mine.py").write_text(REWARD.format(last=-1), encoding="utf-8")
+    assert call_main(*flags, "--resume") == 0
+    resumed = read_metrics(tmp_path / "trained_model")
+    assert resumed[:2] == metrics
+    assert call_main(*flags, "--output-dir", "undisturbed") == 0
+    assert without_seconds(resumed) == without_seconds(read_metrics(tmp_path / "undisturbed"))
 
 
 def test_a_run_that_blows_up_stops_before_it_saves_what_it_learned(call_main, demo_model, tmp_path, capsys):
     flags = ["--device", "cpu", "--learning-rate", "1e18", "--target-approx-kl", "0", "--save-every", "1"]
     assert call_main("--model-name", demo_model, *SHORT, *flags) == 1
-    assert capsys.readouterr().err.startswith("Stopped: step 1 left numbers that are not finite: lower LEARNING_RATE")
-    assert not (tmp_path / "trained_model" / "checkpoint").exists()
+    reason = "three steps in a row had numbers that are not finite"
+    remedy = "set DTYPE to float32, or lower TARGET_APPROX_KL and LEARNING_RATE"
+    assert capsys.readouterr().err == f"\nStopped: {reason}: {remedy}; there was nothing to save yet\n"
+    assert all(record["skipped_updates"] for record in read_metrics(tmp_path / "trained_model"))
+    assert not (tmp_path / "trained_model" / "checkpoint" / "state.safetensors").exists()
+    assert not (tmp_path / "trained_model" / "report.json").exists()
     assert not (tmp_path / "trained_model" / "model.safetensors").exists()
