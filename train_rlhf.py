@@ -5,7 +5,7 @@
     python train_rlhf.py --help                      # every constant is also a flag
 
 Read it from top to bottom, as the data flows: constants, policy, rollout, reward, PPO step, training, measurement,
-main. What a run needs besides the algorithm (settings, the Hub, checkpoints, the report) stands after that.
+main. What a run needs besides the algorithm (settings, models, checkpoints, failures, the report) stands after that.
 """
 
 import argparse
@@ -131,7 +131,7 @@ class PolicyWithValueHead(AutoModelForCausalLMWithValueHead):
 
 
 def load_tokenizer(path, settings):
-    """Return the tokenizer, after a look at whether the prompts fit into the model's context."""
+    """Return the tokenizer, once it is known that prompts and words suit the model."""
     try:
         config, tokenizer = (
             kind.from_pretrained(path, trust_remote_code=False) for kind in (AutoConfig, AutoTokenizer)
@@ -142,65 +142,17 @@ def load_tokenizer(path, settings):
         raise bad_model(settings, "its tokenizer has no end token")
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # either will do: masks come from lengths
-    context = getattr(config, "max_position_embeddings", None) or math.inf
-    room = context - settings.max_new_tokens
-    if room < 1:
-        raise SettingsError(f"MAX_NEW_TOKENS is {settings.max_new_tokens}: give less than the context of {context}")
-    problems = [
-        f"{name} has {shorten(prompt)!r} with {length} tokens: give one of at most {room}, or lower MAX_NEW_TOKENS"
-        for name in ("PROMPTS", "EVAL_PROMPTS")
-        for prompt in getattr(settings, name.lower())
-        if (length := len(tokenizer(prompt)["input_ids"])) > room
-    ]
-    if settings.reward == "positive_word_reward":
-        problems += check_words(tokenizer, settings)
-    if problems:
+    if problems := check_texts(config, tokenizer, settings):
         raise SettingsError(*problems)
     return tokenizer
 
 
-def check_words(tokenizer, settings):
-    """Return a line for each positive word that no response can have."""
-    written = {word: tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in settings.positive_words}
-    shortest = min(map(len, written.values()))
-    problems = [
-        f"POSITIVE_WORDS has {shorten(word)!r}, which the model's tokenizer can't write: leave it out"
-        for word, ids in written.items()
-        if word.lower() not in tokenizer.decode(ids, skip_special_tokens=True).lower()
-    ]
-    if shortest > settings.max_new_tokens:
-        needed = f"each of POSITIVE_WORDS takes {shortest} tokens or more"
-        problems.append(f"MAX_NEW_TOKENS is {settings.max_new_tokens}: give {shortest} or more, since {needed}")
-    return problems
-
-
 def load_policy(path, tokenizer, settings, device, dtype):
-    """Load the base model from safetensors; add a LoRA adapter and a value head, both float32."""
-    options = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True, "trust_remote_code": False}
-    if settings.quantization != "none":
-        bits = {f"load_in_{settings.quantization}": True, "bnb_4bit_quant_type": "nf4"}
-        options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
-    try:
-        base, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
-    except Exception as error:
-        if lacks_memory(error):
-            raise
-        raise bad_model(settings, error) from error
-    if loading["missing_keys"]:  # transformers would go on with random numbers
-        raise bad_model(settings, f"it lacks weights such as {min(loading['missing_keys'])}")
-    if bad := [name for name, weight in base.named_parameters() if not weight.isfinite().all()]:
-        raise bad_model(settings, f"it has weights that are not finite, such as {min(bad)}")
-    used, rows = tokenizer([*settings.prompts, *settings.eval_prompts]), base.get_input_embeddings().num_embeddings
-    if (largest := max(tokenizer.pad_token_id, *map(max, used["input_ids"]))) >= rows:
-        raise bad_model(settings, f"its tokenizer gives the token {largest}, but it knows {rows} tokens only")
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack the weights irreversibly
-            module.support_avx512bf16_for_cpu = False
+    """Load the base model; add a LoRA adapter and a value head, both float32."""
+    base = load_base(path, tokenizer, settings, device, dtype)
     own = base.generation_config
     ids = {"bos_token_id": own.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    ends = ids["eos_token_id"] = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
-    if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends])):
-        raise bad_model(settings, f"its end token is {ends!r}, which is no number")
+    ids["eos_token_id"] = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}  # and no penalties
     base.generation_config = GenerationConfig(max_new_tokens=settings.max_new_tokens, **sampling, **ids)
     targets = "all-linear" if settings.lora_targets == ["all-linear"] else settings.lora_targets
@@ -591,55 +543,6 @@ def main(argv=None):
     return 0
 
 
-def explain(error, settings):
-    """Return what a user can do about an error in the middle of a run, or None where that is not known."""
-    text = shorten(getattr(error, "strerror", None) or error, 200)
-    if isinstance(error, RunError):
-        return str(error)
-    if lacks_memory(error):
-        return f"there is too little memory: {memory_remedy(settings)}"
-    if isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and not is_read()):
-        return f"the output can't be written ({text}): send it to a file with room for it"
-    if isinstance(error, OSError | SafetensorError) or "os error" in text:  # the latter are Rust libraries' own
-        return f"OUTPUT_DIR is {settings.output_dir}: it can't be written ({text}): make room there"
-    return None
-
-
-def is_read():
-    """Return whether what was printed has gone out, to somebody who reads it or to a disk with room for it."""
-    try:
-        print(end="", flush=True)
-    except OSError:
-        return False
-    return True
-
-
-def lacks_memory(error):
-    """Return whether an error comes from too little memory."""
-    texts = ("can't allocate memory", "Cannot allocate memory")  # PyTorch's on a CPU, the operating system's
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
-
-
-def memory_remedy(settings):
-    """Return which settings to lower, each with a value, the ones that change the result least first."""
-    size = settings.mini_batch_size or settings.batch_size
-    smaller = max((divisor for divisor in range(1, size) if settings.batch_size % divisor == 0), default=None)
-    remedies = [f"MINI_BATCH_SIZE to {smaller}"] if smaller else []
-    remedies += [f"EVAL_BATCH_SIZE to {settings.eval_batch_size // 2}"] if settings.eval_batch_size > 1 else []
-    remedies += ["QUANTIZATION to 4bit"] if settings.quantization != "4bit" else []
-    for name in ("BATCH_SIZE", "LORA_RANK"):
-        remedies += [f"{name} to {value // 2}"] if (value := getattr(settings, name.lower())) > 1 else []
-    return "set " + ", then ".join(remedies or ["MODEL_NAME to a smaller model"])
-
-
-def what_is_saved(settings, stop):
-    """Return how to go on after a stop."""
-    if stop.has_output and (path := find_checkpoint(settings)):  # else it is an earlier run's
-        step = len(read_checkpoint(path)[0]["metrics"])
-        return f"what was learned up to step {step} is saved. To go on, run the same line with --resume"
-    return "there was nothing to save yet"
-
-
 def run(settings, stop):
     """Load, train, measure, save and show."""
     reward = load_reward(settings)
@@ -867,6 +770,7 @@ def load_reward(settings):
         raise SettingsError(f"REWARD is {settings.reward}: it can't be loaded: {shorten(repr(error), 200)}") from error
 
 
+# --------------------------------------------------------------------------------------------------------- models
 def find_model(name):
     """Return a local folder with the model, fetched from the Hub where the cache lacks it.
 
@@ -902,6 +806,60 @@ def find_model(name):
             remedy = f"This runs offline:\n\n    {command}\n" if demo_model.is_dir() else "Name a folder with a model."
             problem = f"no folder here, not in the cache, and the Hub can't be reached ({shorten(answer)}). {remedy}"
         raise SettingsError(f"MODEL_NAME is {shorten(name)}: {problem}") from error
+
+
+def check_texts(config, tokenizer, settings):
+    """Return a line for each prompt that leaves no room in the model's context, and each word it can't say."""
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    room = context - settings.max_new_tokens
+    if room < 1:
+        return [f"MAX_NEW_TOKENS is {settings.max_new_tokens}: give less than the context of {context}"]
+    problems = [
+        f"{name} has {shorten(prompt)!r} with {length} tokens: give one of at most {room}, or lower MAX_NEW_TOKENS"
+        for name in ("PROMPTS", "EVAL_PROMPTS")
+        for prompt in getattr(settings, name.lower())
+        if (length := len(tokenizer(prompt)["input_ids"])) > room
+    ]
+    if settings.reward != "positive_word_reward":
+        return problems
+    words = {word: tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in settings.positive_words}
+    for word, ids in words.items():
+        if word.lower() not in tokenizer.decode(ids, skip_special_tokens=True).lower():
+            problems.append(
+                f"POSITIVE_WORDS has {shorten(word)!r}, which the model's tokenizer can't write: leave it out"
+            )
+    if (least := min(map(len, words.values()))) > settings.max_new_tokens:
+        needed = f"each of POSITIVE_WORDS takes {least} tokens or more"
+        problems.append(f"MAX_NEW_TOKENS is {settings.max_new_tokens}: give {least} or more, since {needed}")
+    return problems
+
+
+def load_base(path, tokenizer, settings, device, dtype):
+    """Load the base model from safetensors, and make sure that it is whole."""
+    options = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True, "trust_remote_code": False}
+    if settings.quantization != "none":
+        bits = {f"load_in_{settings.quantization}": True, "bnb_4bit_quant_type": "nf4"}
+        options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
+    try:
+        base, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    except Exception as error:
+        if lacks_memory(error):
+            raise
+        raise bad_model(settings, error) from error
+    if loading["missing_keys"]:  # transformers would go on with random numbers
+        raise bad_model(settings, f"it lacks weights such as {min(loading['missing_keys'])}")
+    if bad := [name for name, weight in base.named_parameters() if not weight.isfinite().all()]:
+        raise bad_model(settings, f"it has weights that are not finite, such as {min(bad)}")
+    used, rows = tokenizer([*settings.prompts, *settings.eval_prompts]), base.get_input_embeddings().num_embeddings
+    if (largest := max(tokenizer.pad_token_id, *map(max, used["input_ids"]))) >= rows:
+        raise bad_model(settings, f"its tokenizer gives the token {largest}, but it knows {rows} tokens only")
+    ends = base.generation_config.eos_token_id
+    if not all(end is None or isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends])):
+        raise bad_model(settings, f"its end token is {ends!r}, which is no number")
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack the weights irreversibly
+            module.support_avx512bf16_for_cpu = False
+    return base
 
 
 def bad_model(settings, error):
@@ -1075,7 +1033,57 @@ def load_checkpoint(trainer, settings):
     return state["metrics"]
 
 
-# ----------------------------------------------------------------------------------------------- screen and report
+# ------------------------------------------------------------------------------------------------------- failures
+def explain(error, settings):
+    """Return what a user can do about an error in the middle of a run, or None where that is not known."""
+    text = shorten(getattr(error, "strerror", None) or error, 200)
+    if isinstance(error, RunError):
+        return str(error)
+    if lacks_memory(error):
+        return f"there is too little memory: {memory_remedy(settings)}"
+    if isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and not is_read()):
+        return f"the output can't be written ({text}): send it to a file with room for it"
+    if isinstance(error, OSError | SafetensorError) or "os error" in text:  # the latter are Rust libraries' own
+        return f"OUTPUT_DIR is {settings.output_dir}: it can't be written ({text}): make room there"
+    return None
+
+
+def is_read():
+    """Return whether what was printed has gone out, to somebody who reads it or to a disk with room for it."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        return False
+    return True
+
+
+def lacks_memory(error):
+    """Return whether an error comes from too little memory."""
+    texts = ("can't allocate memory", "Cannot allocate memory")  # PyTorch's on a CPU, the operating system's
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
+def memory_remedy(settings):
+    """Return which settings to lower, each with a value, the ones that change the result least first."""
+    size = settings.mini_batch_size or settings.batch_size
+    smaller = max((divisor for divisor in range(1, size) if settings.batch_size % divisor == 0), default=None)
+    remedies = [f"MINI_BATCH_SIZE to {smaller}"] if smaller else []
+    remedies += [f"EVAL_BATCH_SIZE to {settings.eval_batch_size // 2}"] if settings.eval_batch_size > 1 else []
+    remedies += ["QUANTIZATION to 4bit"] if settings.quantization != "4bit" else []
+    for name in ("BATCH_SIZE", "LORA_RANK"):
+        remedies += [f"{name} to {value // 2}"] if (value := getattr(settings, name.lower())) > 1 else []
+    return "set " + ", then ".join(remedies or ["MODEL_NAME to a smaller model"])
+
+
+def what_is_saved(settings, stop):
+    """Return how to go on after a stop."""
+    if stop.has_output and (path := find_checkpoint(settings)):  # else it is an earlier run's
+        step = len(read_checkpoint(path)[0]["metrics"])
+        return f"what was learned up to step {step} is saved. To go on, run the same line with --resume"
+    return "there was nothing to save yet"
+
+
+# ---------------------------------------------------------------------------------------------- screen and report
 def announce(policy, settings, device, dtype, metrics):
     """Print what is going to happen."""
     total = sum(parameter.numel() for parameter in policy.parameters())
