@@ -89,12 +89,12 @@ LEARNING_RATE = 3e-4  # of the first step; the later ones follow TARGET_APPROX_K
 TARGET_APPROX_KL = 0.0025  # size that the first step aims at, in nats per token, falling to 0; 0 = one rate
 PPO_EPOCHS = 4  # passes over a batch; 1 = every sample is used once, and nothing is ever clipped
 MINI_BATCH_SIZE = 0  # responses in one update, a divisor of BATCH_SIZE; less saves memory; 0 = the whole batch
-KL_COEF = 0.09  # price of one nat of KL against the base model, in units of the score; 0 = free to drift away
+KL_COEF = 0.1  # price of one nat of KL against the base model, in units of the score; 0 = free to drift away
 CLIP_RANGE = 0.2  # PPO's epsilon: nothing is gained by a probability ratio outside 1 ± CLIP_RANGE
 VALUE_CLIP_RANGE = 0.2  # the same for a value's change in one step, in units of the score
 VF_COEF = 0.1  # weight of the value loss in the loss; 0 = the value head stays at zero
 GAMMA = 1.0  # discount per token; 1.0 = none: a response is short, and its score comes at the end
-LAM = 0.9  # GAE's lambda: 1.0 trusts what happened, 0.0 trusts the value head
+LAM = 0.95  # GAE's lambda: 1.0 trusts what happened, 0.0 trusts the value head
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0 = off
 
 # --- Run

@@ -59,8 +59,8 @@ VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
     ),
     "LAM 1": (["--lam", "1"], ""),
     "TARGET_APPROX_KL * 4": (["--target-approx-kl", "0.01"], ""),
-    "KL_COEF / 2": (["--kl-coef", "0.045"], ""),
-    "KL_COEF * 2": (["--kl-coef", "0.18"], ""),
+    "KL_COEF / 2": (["--kl-coef", "0.05"], ""),
+    "KL_COEF * 2": (["--kl-coef", "0.2"], ""),
 }
 COLUMNS = "last 200 | worst seed | samples to 80 % | trained | held out | KL | least KL | distinct"
 
