@@ -86,7 +86,7 @@ TEMPERATURE = 1.0  # divides the logits of policy and base model everywhere; 1.0
 
 # --- PPO
 LEARNING_RATE = 3e-4  # of the first step; the later ones follow TARGET_APPROX_KL
-TARGET_APPROX_KL = 0.0025  # size that the first step aims at, in nats per token, falling to 0; 0 = one rate
+TARGET_APPROX_KL = 0.0025  # size that the first step aims at, in nats per token, falling to 0; 0 = LEARNING_RATE always
 PPO_EPOCHS = 4  # passes over a batch; 1 = every sample is used once, and nothing is ever clipped
 MINI_BATCH_SIZE = 0  # responses in one update, a divisor of BATCH_SIZE; less saves memory; 0 = the whole batch
 KL_COEF = 0.1  # price of one nat of KL against the base model, in units of the score; 0 = free to drift away
@@ -122,8 +122,8 @@ class PolicyWithValueHead(AutoModelForCausalLMWithValueHead):
     def forward(self, rows=None, earned=0.0, **inputs):
         """Return float32 logits (batch, length, vocabulary), no loss, and values (batch, length); keep the rows.
 
-        A value is what is still to come, which depends on what was earned before (batch, length): it is a linear
-        function of that, with both of its coefficients from the value head.
+        A value is what is still to come after a token, which depends on what was earned up to it (batch, length): it is
+        a linear function of that, with both of its coefficients from the value head.
         """
         self.rows = rows  # of the batch, for ExactKLTrainer.loss
         logits, loss, values = super().forward(**inputs)
@@ -220,7 +220,7 @@ def score_response(reward, prompt, text):
     except (Exception, SystemExit) as error:  # the function is the user's and may raise anything
         raise RunError(f"REWARD, {name}, raised {shorten(repr(error), 200)} for {text!r}: mend it") from error
     with suppress(Exception):
-        if math.isfinite(score):  # a TypeError where it is no number
+        if abs(score) < 1e15:  # its square is finite in float32 too; a TypeError where it is no number
             return float(score)
     gave = f"gave {shorten(repr(score))} for {text!r}"
     raise RunError(f"REWARD, {name}, {gave}: it has to return one finite number for one text")
@@ -247,17 +247,13 @@ class ExactKLTrainer(PPOTrainer):
     gradient of a reward that depends on the parameters has both terms: grad E[R] = E[R grad ln p] + E[grad R].
     """
 
-    token_scores = ()  # of the step under way
-
     def step(self, queries, responses, token_scores):
         """Take a PPO step; token_scores are what each token of each response earns, 1-D tensors."""
         self.token_scores, self.skipped_updates = token_scores, 0
-        stats = super().step(queries, responses, [scores.sum() for scores in token_scores])
-        self.token_scores = ()
-        return stats
+        return super().step(queries, responses, [scores.sum() for scores in token_scores])
 
     def prepare_model_inputs(self, queries, responses):
-        """Number the rows, so that a shuffled minibatch finds its ref_logprobs; add what was earned at each token."""
+        """Number the rows, so that a shuffled minibatch finds its ref_logprobs; add what each token had earned."""
         inputs = super().prepare_model_inputs(queries, responses)
         inputs["rows"] = torch.arange(len(queries), device=self.current_device)
         inputs["earned"] = torch.zeros(inputs["input_ids"].shape, device=self.current_device)
@@ -291,6 +287,12 @@ class ExactKLTrainer(PPOTrainer):
         step_kl = self._kl_penalty(self.old_logprobs[self.model.rows], all_logprobs.detach())
         stats["policy/approxkl"] = masked_mean(step_kl, mask)
         return policy_loss + self.kl_ctl.value * kl, value_loss, stats
+
+    def train_minibatch(self, *minibatch):
+        """Take an update; count it where float16's scaler left it out for bad numbers, not for its own large scale."""
+        stats = super().train_minibatch(*minibatch)
+        self.skipped_updates += int(self.optimizer.step_was_skipped and not stats["loss/total"].isfinite())
+        return stats
 
     def skip_if_not_finite(self, optimizer, args, kwargs):
         """Before an update: take away gradients that are not all finite, so that nothing moves, and count."""
@@ -348,8 +350,7 @@ def train(trainer, tokenizer, reward, settings, metrics, stop):
         try:
             texts, scores, stats = take_step(trainer, tokenizer, reward, settings, step)
         except RunError:  # of the reward function: the steps before it are worth keeping
-            if metrics and not metrics[-1]["skipped_updates"]:
-                save_checkpoint(trainer, settings, metrics)
+            save_checkpoint(trainer, settings, metrics)
             raise
         seconds = time.perf_counter() - start
         metrics.append(record_step(step, texts, scores, stats, trainer.skipped_updates, seconds, settings))
@@ -359,13 +360,13 @@ def train(trainer, tokenizer, reward, settings, metrics, stop):
             for group in trainer.optimizer.param_groups:
                 group["lr"] = adapt_learning_rate(group["lr"], math.inf if approx_kl is None else approx_kl, target)
         log.write(metrics)
-        last = step == total_steps or stop.signal
-        due = last or (settings.save_every and step % settings.save_every == 0)
-        if due and not metrics[-1]["skipped_updates"]:  # else the weights themselves may be bad
-            save_checkpoint(trainer, settings, metrics)
         if all(record["skipped_updates"] for record in metrics[-3:]) and step >= 3:
             remedy = "set DTYPE to float32, or lower TARGET_APPROX_KL and LEARNING_RATE"
-            raise RunError(f"three steps in a row had numbers that are not finite: {remedy}")
+            raise RunError(f"three steps in a row had updates with numbers that are not finite: {remedy}")
+        last = step == total_steps or stop.signal
+        due = settings.save_every and step % settings.save_every == 0 and not metrics[-1]["skipped_updates"]
+        if last or due:
+            save_checkpoint(trainer, settings, metrics)
         if last:
             break
     log.close()
@@ -454,7 +455,8 @@ def measure(trainer, tokenizer, prompts, reward, settings, base):
 @torch.no_grad()
 def compare_with_base(trainer, queries, responses):
     """Return, for each response, its KL(model || base model) in nats and the base model's log-probability of it."""
-    batch = trainer.model, queries, responses, trainer.prepare_model_inputs(queries, responses)
+    inputs = PPOTrainer.prepare_model_inputs(trainer, queries, responses)  # TRL's own, since nothing is earned here
+    batch = trainer.model, queries, responses, inputs
     _, logits, _, mask = trainer.batched_forward_pass(*batch, return_logits=True)
     with trainer.optional_peft_ctx():
         ref_logprobs, ref_logits, _, _ = trainer.batched_forward_pass(*batch, return_logits=True)
@@ -500,6 +502,8 @@ def evaluate(trainer, tokenizer, reward, settings):
     for name, prompts in (("train_prompts", settings.prompts), ("eval_prompts", settings.eval_prompts)):
         for model, measured in results.items():
             measured[name] = measure(trainer, tokenizer, prompts, reward, settings, base=model == "base")
+            if not math.isfinite(measured[name]["kl"]):
+                raise RunError("what was measured is not finite: set DTYPE to float32, or lower TARGET_APPROX_KL")
             measured[name]["kl_minimum"] = mean_kl_minimum(results["base"][name], measured[name])
     base, trained = (measured["train_prompts"]["success_rate"] for measured in results.values())
     pooled, samples = (base + trained) / 2, results["base"]["train_prompts"]["samples"]
@@ -911,7 +915,7 @@ def is_locked(folder):
     """Return whether another run is writing into the folder."""
     path = folder / "checkpoint" / "lock"
     try:
-        if path.exists():  # there is one while a run goes on, and after a crash
+        if path.exists():  # a run leaves it behind, unlocked
             with FileLock(path, blocking=False):
                 return False
     except Timeout:
@@ -946,8 +950,10 @@ def find_checkpoint(settings):
 def save_checkpoint(trainer, settings, metrics):
     """Save all that a run needs to go on: written beside the last checkpoint, then put in its place.
 
-    Random states are not among it: each step sets its own seed.
+    Random states are not among it: each step sets its own seed. Weights that are not finite never replace good ones.
     """
+    if not metrics or not all(parameter.isfinite().all() for parameter in trainer.model_params):
+        return
     tensors = {f"model.{name}": value for name, value in trainer.model.named_parameters() if value.requires_grad}
     optimizer = trainer.optimizer.state_dict()
     for index, moments in optimizer["state"].items():
@@ -1041,14 +1047,14 @@ def explain(error, settings):
         return str(error)
     if lacks_memory(error):
         return f"there is too little memory: {memory_remedy(settings)}"
-    if isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and not is_read()):
+    if isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and not can_print()):
         return f"the output can't be written ({text}): send it to a file with room for it"
     if isinstance(error, OSError | SafetensorError) or "os error" in text:  # the latter are Rust libraries' own
         return f"OUTPUT_DIR is {settings.output_dir}: it can't be written ({text}): make room there"
     return None
 
 
-def is_read():
+def can_print():
     """Return whether what was printed has gone out, to somebody who reads it or to a disk with room for it."""
     try:
         print(end="", flush=True)
@@ -1059,7 +1065,7 @@ def is_read():
 
 def lacks_memory(error):
     """Return whether an error comes from too little memory."""
-    texts = ("can't allocate memory", "Cannot allocate memory")  # PyTorch's on a CPU, the operating system's
+    texts = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
@@ -1189,7 +1195,7 @@ def peak_memory_mb(device):
 
 
 def save_results(policy, tokenizer, report, metrics, settings):
-    """Write model, report and picture into a folder of their own, then move them into place: nothing is ever torn."""
+    """Write model, report and picture into a folder of their own, then move them into place: no file is ever torn."""
     output, new = Path(settings.output_dir), Path(settings.output_dir, "checkpoint", "results.new")
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -1197,9 +1203,10 @@ def save_results(policy, tokenizer, report, metrics, settings):
         save_model(policy, tokenizer, settings, new)
         write_report(report, metrics, settings, new)
         mode = (new / "README.md").stat().st_mode  # safetensors would let nobody else read the model
-        for path in new.iterdir():
+        for path in [path for path in new.rglob("*") if path.is_file()]:
             path.chmod(mode)
-            path.replace(output / path.name)
+            (output / path.relative_to(new)).parent.mkdir(exist_ok=True)  # a tokenizer may have a folder of templates
+            path.replace(output / path.relative_to(new))
     finally:
         shutil.rmtree(new, ignore_errors=True)  # what a full disk left of it
 

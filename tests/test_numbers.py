@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,10 +166,12 @@ def test_what_is_not_finite_is_null_in_the_metrics_and_nothing_else_is(train, sp
     assert metrics[3]["learning_rate"] == pytest.approx(metrics[2]["learning_rate"] / 1.5)
 
 
-def test_no_checkpoint_is_taken_of_a_bad_step(train, spoil, tmp_path):
-    spoil(bad_logits, math.nan, STEPS - 1, STEPS)
+def test_no_checkpoint_is_taken_of_a_bad_step_but_the_last(train, spoil, monkeypatch):
+    saved, save = [], train_rlhf.save_checkpoint
+    monkeypatch.setattr(train_rlhf, "save_checkpoint", lambda *args: saved.append(len(args[2])) or save(*args))
+    spoil(bad_logits, math.nan, 2, STEPS - 1, STEPS)
     train()
-    assert len(read_checkpoint(tmp_path / "trained_model")[0]["metrics"]) == STEPS - 2
+    assert saved == [1, 3, STEPS]
 
 
 def test_bad_steps_with_good_ones_in_between_stop_no_run(train, spoil):
@@ -185,6 +188,18 @@ def test_a_run_with_a_bad_step_is_measured_and_saved(call_main, spoil, demo_mode
     assert "NaN" not in (folder / "report.json").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("loss", "skipped", "counted"), [(math.nan, True, 1), (1.0, True, 0), (1.0, False, 0)])
+def test_what_the_scaler_of_float16_leaves_out_counts_where_the_loss_is_bad(
+    build, make_settings, monkeypatch, loss, skipped, counted
+):
+    """The scaler also skips updates while it looks for its scale, which is no fault of the numbers."""
+    trainer = build(make_settings()).trainer
+    monkeypatch.setattr(train_rlhf.PPOTrainer, "train_minibatch", lambda *args: {"loss/total": torch.tensor(loss)})
+    trainer.optimizer, trainer.skipped_updates = SimpleNamespace(step_was_skipped=skipped), 0
+    trainer.train_minibatch()
+    assert trainer.skipped_updates == counted
+
+
 # ------------------------------------------------------------------------------------------------------ three in a row
 @pytest.mark.parametrize("way", [bad_logits, bad_weight])
 def test_three_bad_steps_in_a_row_end_the_run_and_it_can_go_on_from_before(
@@ -197,7 +212,7 @@ def test_three_bad_steps_in_a_row_end_the_run_and_it_can_go_on_from_before(
     out, err = capsys.readouterr()
     assert out.count(TOLD) == 3
     assert err == (
-        f"\nStopped: three steps in a row had numbers that are not finite: {REMEDY}; "
+        f"\nStopped: three steps in a row had updates with numbers that are not finite: {REMEDY}; "
         "what was learned up to step 2 is saved. To go on, run the same line with --resume\n"
     )
     assert [record["skipped_updates"] for record in read_metrics(folder)] == [0, 0, 2, 2, 2]
@@ -216,7 +231,7 @@ def test_three_bad_steps_in_a_row_end_the_run_and_it_can_go_on_from_before(
 def test_a_model_with_weights_that_are_not_finite_is_not_saved(call_main, spoil, demo_model, tmp_path, capsys):
     spoil(bad_weight, math.nan, STEPS)
     assert call_main("--model-name", demo_model, *SMALL) == 1
-    message = "Stopped: the trained weights are not finite: set DTYPE to float32, or lower TARGET_APPROX_KL; what was"
+    message = "Stopped: what was measured is not finite: set DTYPE to float32, or lower TARGET_APPROX_KL; what was"
     assert capsys.readouterr().err.startswith(f"\n{message} learned up to step {STEPS - 1} is saved.")
     assert not list((tmp_path / "trained_model").rglob("model.safetensors"))
 

@@ -138,6 +138,7 @@ def test_before_the_first_update_policy_and_base_model_are_one(build, settings):
     queries = ask(built.tokenizer, *settings.prompts)
     torch.manual_seed(0)
     responses = train_rlhf.generate(built.policy, built.tokenizer, queries)
+    built.trainer.token_scores = [torch.ones(len(response)) for response in responses]
     inputs = built.trainer.prepare_model_inputs(queries, responses)
     with torch.no_grad():
         logprobs, _, values, _ = built.trainer.batched_forward_pass(built.policy, queries, responses, inputs)
@@ -169,6 +170,7 @@ def test_padding_changes_no_log_probability_and_no_value(build, step, make_setti
 
     def forward(rows):
         batch = [queries[i] for i in rows], [responses[i] for i in rows]
+        built.trainer.token_scores = [torch.ones(len(response)) for response in batch[1]]
         inputs = built.trainer.prepare_model_inputs(*batch)
         with torch.no_grad():
             logprobs, _, values, masks = built.trainer.batched_forward_pass(built.policy, *batch, inputs)
