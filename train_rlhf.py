@@ -361,7 +361,7 @@ def train(trainer, tokenizer, reward, settings, metrics, stop):
                 group["lr"] = adapt_learning_rate(group["lr"], math.inf if approx_kl is None else approx_kl, target)
         log.write(metrics)
         if all(record["skipped_updates"] for record in metrics[-3:]) and step >= 3:
-            remedy = "set DTYPE to float32, or lower TARGET_APPROX_KL and LEARNING_RATE"
+            remedy = "lower TARGET_APPROX_KL, or start anew with a lower LEARNING_RATE or with DTYPE float32"
             raise RunError(f"three steps in a row had updates with numbers that are not finite: {remedy}")
         last = step == total_steps or stop.signal
         due = settings.save_every and step % settings.save_every == 0 and not metrics[-1]["skipped_updates"]
@@ -649,6 +649,8 @@ def read_settings(argv):
         except ValueError as error:
             problems.append(f"{name.upper()}: {error}")
     problems += check_settings(settings) + check_places(settings)
+    if settings.resume and not problems:
+        problems = check_resume(settings)
     if problems:
         raise SettingsError(*problems)
     return settings
@@ -682,7 +684,7 @@ def read_prompts(entry):
         if not line.strip():
             continue
         try:
-            prompts.append(json.loads(line)["prompt"] if entry.endswith(".jsonl") else line)
+            prompts.append(json.loads(line)["prompt"] if entry.endswith(".jsonl") else line.strip())
             if not isinstance(prompts[-1], str):
                 raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -704,6 +706,7 @@ def check_settings(settings):
         ("LORA_RANK LORA_ALPHA TRAINING_EPOCHS BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS", countable, "1 to 1000000"),
         ("EVAL_SAMPLES EVAL_BATCH_SIZE LOG_EVERY", countable, "1 to 1000000"),
         ("LEARNING_RATE", lambda v: v > 0, "a number above 0"),
+        ("LEARNING_RATE TARGET_APPROX_KL KL_COEF VF_COEF MAX_GRAD_NORM", lambda v: v < 1e30, "a number below 1e30"),
         ("CLIP_RANGE VALUE_CLIP_RANGE", lambda v: 0 < v <= 1000, "a number above 0, at most 1000"),
         ("TEMPERATURE", lambda v: 0.01 <= v <= 100, "a number from 0.01 to 100"),
         ("TARGET_APPROX_KL KL_COEF VF_COEF MAX_GRAD_NORM SAVE_EVERY MINI_BATCH_SIZE", lambda v: v >= 0, "0 or more"),
@@ -715,6 +718,7 @@ def check_settings(settings):
         ("EVAL_PROMPTS", lambda v: not shared, f"prompts that are not in PROMPTS, as {shared} is"),
         ("PROMPTS EVAL_PROMPTS", lambda v: len(set(v)) == len(v), "each prompt once"),
         ("POSITIVE_WORDS", lambda v: all(word == word.strip() for word in v), "words without spaces around them"),
+        ("POSITIVE_WORDS", lambda v: "," not in "".join(v), "words with spaces between them, no commas"),
         ("QUANTIZATION", ("none", "8bit", "4bit").__contains__, "none, 8bit or 4bit"),
         ("DTYPE", ("auto", "float32", "bfloat16", "float16").__contains__, "auto, float32, bfloat16 or float16"),
         ("DTYPE", lambda v: v != "float16" or pick_device(settings)[0] != "cpu", "float32 or bfloat16 on a CPU"),
@@ -757,7 +761,7 @@ def check_places(settings):
     problems = [f"OUTPUT_DIR is {shorten(output)}: {problem}: name another folder" for problem in problems]
     if os.path.isfile(name) or (not os.path.isdir(name) and name.startswith(("/", ".", "~"))):
         problems.append(f"MODEL_NAME is {shorten(name)}: there is no such folder: name one, or a model on the Hub")
-    return problems + (check_resume(settings) if settings.resume else [])
+    return problems
 
 
 def load_reward(settings):
@@ -960,6 +964,7 @@ def save_checkpoint(trainer, settings, metrics):
         tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
     state = {
         "settings": vars(settings),
+        "model": os.path.realpath(settings.model_name),
         "versions": versions(),
         "metrics": metrics,
         "param_groups": optimizer["param_groups"],
@@ -993,15 +998,17 @@ def check_resume(settings):
         changed, done = changed_settings(settings, state), len(state["metrics"])
     except Exception as error:
         return [broken_checkpoint(path, error)]
-    if done > count_steps(settings):
-        return [f"TRAINING_EPOCHS is {settings.training_epochs}, less than the checkpoint's {done} steps: give more"]
     free = "output_dir training_epochs eval_prompts eval_samples eval_batch_size log_every save_every resume report_to"
     free += " device mini_batch_size max_grad_norm target_approx_kl"
-    return [
+    problems = [
         f"{name.upper()} is {shorten(value)}, but {shorten(old)} in the checkpoint: give that or start anew"
         for name, (value, old) in changed.items()
         if name not in free.split()
     ]
+    if not problems and done > (steps := count_steps(settings)):
+        epochs = f"TRAINING_EPOCHS is {settings.training_epochs}"
+        problems.append(f"{epochs}, which takes {steps} steps, but the checkpoint has {done}: give more")
+    return problems
 
 
 def broken_checkpoint(path, error):
@@ -1012,7 +1019,7 @@ def broken_checkpoint(path, error):
 def changed_settings(settings, state):
     """Return {name: (value, value in the checkpoint)} where they differ."""
     old = state["settings"] | {"resume": settings.resume, "output_dir": settings.output_dir}
-    if os.path.normpath(old["model_name"]) == os.path.normpath(settings.model_name):
+    if state["model"] == os.path.realpath(settings.model_name):  # the same folder by another name
         old["model_name"] = settings.model_name
     return {name: (value, old.get(name)) for name, value in vars(settings).items() if value != old.get(name)}
 
@@ -1048,7 +1055,7 @@ def explain(error, settings):
     if lacks_memory(error):
         return f"there is too little memory: {memory_remedy(settings)}"
     if isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and not can_print()):
-        return f"the output can't be written ({text}): send it to a file with room for it"
+        return f"the output can't be written ({text}): let it be read to its end, or send it to a file"
     if isinstance(error, OSError | SafetensorError) or "os error" in text:  # the latter are Rust libraries' own
         return f"OUTPUT_DIR is {settings.output_dir}: it can't be written ({text}): make room there"
     return None

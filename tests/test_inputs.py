@@ -77,6 +77,9 @@ def row(problem, *flags):
         row("LEARNING_RATE is nan: give one number", "--learning-rate", "nan"),
         row("LEARNING_RATE is inf: give one number", "--learning-rate", "inf"),
         row("LEARNING_RATE is 1e999: give one number", "--learning-rate", "1e999"),
+        row("LEARNING_RATE is 1e+300: give a number below 1e30", "--learning-rate", "1e300"),
+        row("POSITIVE_WORDS is ['happy,glad']: give words with spaces between them, no commas",
+            "--positive-words", "happy,glad"),
         row("LEARNING_RATE is 0,1: give one number", "--learning-rate", "0,1"),
         row("RESUME is maybe: give true or false", "--resume", "maybe"),
         row("RESUME is 1: give true or false", "--resume", "1"),
@@ -451,7 +454,7 @@ def refused_resume(refused, demo_model, tmp_path, monkeypatch):
         folder = tmp_path / "trained_model" / "checkpoint"
         folder.mkdir()
         (folder / "lock").touch()
-        state = {"settings": given, "metrics": [{}] * 18} | entries
+        state = {"settings": given, "model": str(demo_model.resolve()), "metrics": [{}] * 18} | entries
         save_file(dict(tensors), folder / "state.safetensors", {"state": json.dumps(state)})
         if data is not None:
             (folder / "state.safetensors").write_bytes(data)
@@ -468,11 +471,22 @@ def refused_resume(refused, demo_model, tmp_path, monkeypatch):
         row("BATCH_SIZE is 5, but 10 in the checkpoint: give that or start anew", "--batch-size", "5"),
         row("REWARD is my.py:f, but positive_word_reward in the checkpoint: give that or start anew",
             "--reward", "my.py:f"),
-        row("TRAINING_EPOCHS is 1, less than the checkpoint's 18 steps: give more", "--training-epochs", "1"),
+        row("TRAINING_EPOCHS is 1, which takes 1 steps, but the checkpoint has 18: give more",
+            "--training-epochs", "1"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_other_settings(refused_resume, flags, lines):
     assert refused_resume(*flags) == lines
+
+
+def test_what_differs_is_named_before_the_number_of_steps_and_not_beside_other_problems(refused_resume):
+    several = refused_resume("--batch-size", "50", "--seed", "5")
+    assert [line.split()[1] for line in several] == ["BATCH_SIZE", "SEED"]
+
+
+def test_a_prompt_file_that_is_missing_is_the_only_problem_of_a_resume(refused_resume):
+    (line,) = refused_resume("--prompts", "none.txt")
+    assert line.startswith("- PROMPTS: none.txt can't be read")
 
 
 @pytest.mark.parametrize(
@@ -481,7 +495,6 @@ def test_a_checkpoint_of_other_settings(refused_resume, flags, lines):
         ({"data": b""}, "SafetensorError('Error while deserializing header: header too small')"),
         ({"data": b"x" * 1000}, "SafetensorError('Error while deserializing header: header too large')"),
         ({"settings": []}, "TypeError(\"unsupported operand type(s) for |: 'list' and 'dict'\")"),
-        ({"settings": {}}, "KeyError('model_name')"),
         ({"metrics": None}, "TypeError(\"object of type 'NoneType' has no len()\")"),
     ],
 )

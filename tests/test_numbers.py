@@ -18,7 +18,7 @@ SMALL = [
 ]
 BAD = [math.nan, math.inf]
 TOLD = "updates skipped, since their numbers were not finite: 2"
-REMEDY = "set DTYPE to float32, or lower TARGET_APPROX_KL and LEARNING_RATE"
+REMEDY = "lower TARGET_APPROX_KL, or start anew with a lower LEARNING_RATE or with DTYPE float32"
 
 
 @contextmanager

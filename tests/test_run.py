@@ -427,7 +427,7 @@ def test_a_run_that_blows_up_stops_before_it_saves_what_it_learned(call_main, de
     flags = ["--device", "cpu", "--learning-rate", "1e18", "--target-approx-kl", "0", "--save-every", "1"]
     assert call_main("--model-name", demo_model, *SHORT, *flags) == 1
     reason = "three steps in a row had updates with numbers that are not finite"
-    remedy = "set DTYPE to float32, or lower TARGET_APPROX_KL and LEARNING_RATE"
+    remedy = "lower TARGET_APPROX_KL, or start anew with a lower LEARNING_RATE or with DTYPE float32"
     assert capsys.readouterr().err == f"\nStopped: {reason}: {remedy}; there was nothing to save yet\n"
     assert all(record["skipped_updates"] for record in read_metrics(tmp_path / "trained_model"))
     assert not (tmp_path / "trained_model" / "checkpoint" / "state.safetensors").exists()
