@@ -130,6 +130,7 @@ def test_rollout_and_loss_speak_of_one_distribution(build, make_settings, demo_m
     responses = train_rlhf.generate(built.policy, built.tokenizer, queries)
     assert built.policy.pretrained_model.generation_config.temperature == temperature
 
+    built.trainer.token_scores = [torch.zeros(len(response)) for response in responses]
     inputs = built.trainer.prepare_model_inputs(queries, responses)
     with torch.no_grad():
         logprobs, _, _, masks = built.trainer.batched_forward_pass(built.trainer.model, queries, responses, inputs)
