@@ -484,12 +484,11 @@ def mean_kl_minimum(base, trained):
     With few samples of each prompt it is that of the mean rates, which is never more, since the bound is convex. A base
     rate of 0 or 1 may be up to half a response away from it: so few samples can't tell how near it is.
     """
-    rates, base_rates = trained["success_by_prompt"], base["success_by_prompt"]
-    each, bounds = base["samples"] / len(base_rates), []
+    pairs = [(rate, base["success_by_prompt"][prompt]) for prompt, rate in trained["success_by_prompt"].items()]
+    each, bounds = base["samples"] / len(pairs), []
     if each < 10:
-        rates, base_rates, each = {"": trained["success_rate"]}, {"": base["success_rate"]}, base["samples"]
-    for prompt, rate in rates.items():
-        base_rate = base_rates[prompt]
+        pairs, each = [(trained["success_rate"], base["success_rate"])], base["samples"]
+    for rate, base_rate in pairs:
         if base_rate in (0, 1):
             base_rate = min(max(rate, base_rate - 0.5 / each), base_rate + 0.5 / each)
         bounds.append(kl_minimum(rate, base_rate))
@@ -982,10 +981,15 @@ def save_checkpoint(trainer, settings, metrics):
         new.unlink(missing_ok=True)  # what a full disk left of it
 
 
+def read_state(path):
+    """Return the dictionary of a checkpoint, without reading its tensors."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["state"])
+
+
 def read_checkpoint(path):
     """Return what save_checkpoint wrote: the dictionary and the tensors by name."""
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["state"]), load(path.read_bytes())
+    return read_state(path), load(path.read_bytes())
 
 
 def check_resume(settings):
@@ -994,7 +998,7 @@ def check_resume(settings):
     if path is None:
         return [f"RESUME is True: there is no checkpoint in {settings.output_dir}: start without it"]
     try:
-        state = read_checkpoint(path)[0]
+        state = read_state(path)
         changed, done = changed_settings(settings, state), len(state["metrics"])
     except Exception as error:
         return [broken_checkpoint(path, error)]
@@ -1091,7 +1095,7 @@ def memory_remedy(settings):
 def what_is_saved(settings, stop):
     """Return how to go on after a stop."""
     if stop.has_output and (path := find_checkpoint(settings)):  # else it is an earlier run's
-        step = len(read_checkpoint(path)[0]["metrics"])
+        step = len(read_state(path)["metrics"])
         return f"what was learned up to step {step} is saved. To go on, run the same line with --resume"
     return "there was nothing to save yet"
 
@@ -1212,8 +1216,9 @@ def save_results(policy, tokenizer, report, metrics, settings):
         mode = (new / "README.md").stat().st_mode  # safetensors would let nobody else read the model
         for path in [path for path in new.rglob("*") if path.is_file()]:
             path.chmod(mode)
-            (output / path.relative_to(new)).parent.mkdir(exist_ok=True)  # a tokenizer may have a folder of templates
-            path.replace(output / path.relative_to(new))
+            place = output / path.relative_to(new)
+            place.parent.mkdir(exist_ok=True)  # a tokenizer may have a folder of templates
+            path.replace(place)
     finally:
         shutil.rmtree(new, ignore_errors=True)  # what a full disk left of it
 

@@ -112,6 +112,14 @@ def check_killed(start_run, output, undisturbed):
         json.loads(path.read_text())
 
 
+def die(start_run, output, undisturbed, death):
+    """Let the run go on to its death, in the phase that the place of it names, and check what is left."""
+    ended = go_on(start_run, output, death=death)
+    assert ended.status in KILLED, ended.output
+    assert phase_of(ended) == death[0].split()[0]
+    check_killed(start_run, output, undisturbed)
+
+
 def finish(start_run, output, undisturbed):
     """Let the run go on to its end, check that it is that of an undisturbed run, and return how it went."""
     last = go_on(start_run, output)
@@ -173,10 +181,7 @@ def test_a_run_killed_while_it_saves_a_checkpoint_goes_on(start_run, undisturbed
         output = tmp_path / str(number) / "trained_model"
         for size in (1000, 16000) if is_before_a_write(place) else (None,):
             for times in (1, 3):  # the first time in a fresh run there is no checkpoint yet
-                ended = go_on(start_run, output, death=(place, times, size))
-                assert ended.status in KILLED, ended.output
-                assert phase_of(ended) == "checkpoint"
-                check_killed(start_run, output, undisturbed)
+                die(start_run, output, undisturbed, (place, times, size))
                 kills += 1
         finish(start_run, output, undisturbed)
     with capsys.disabled():
@@ -189,10 +194,7 @@ def test_a_run_killed_while_it_saves_its_results_goes_on(start_run, undisturbed,
     output, kills = tmp_path / "trained_model", 0
     for place in reversed(places):  # since what is left of one kill is removed first, which is noted too
         for size in {"results": (500, 200_000)}.get(place, (100,) if is_before_a_write(place) else (None,)):
-            ended = go_on(start_run, output, death=(place, 1, size))
-            assert ended.status in KILLED, ended.output
-            assert phase_of(ended) == "results"
-            check_killed(start_run, output, undisturbed)
+            die(start_run, output, undisturbed, (place, 1, size))
             kills += 1
     finish(start_run, output, undisturbed)
     with capsys.disabled():
