@@ -119,13 +119,12 @@ class PolicyWithValueHead(AutoModelForCausalLMWithValueHead):
         for parameter in self.v_head.float().parameters():
             torch.nn.init.zeros_(parameter)  # random first values would be noise in the advantages
 
-    def forward(self, rows=None, earned=0.0, **inputs):
-        """Return float32 logits (batch, length, vocabulary), no loss, and values (batch, length); keep the rows.
+    def forward(self, earned=0.0, **inputs):
+        """Return float32 logits (batch, length, vocabulary), no loss, and values (batch, length).
 
         A value is what is still to come after a token, which depends on what was earned up to it (batch, length): it is
         a linear function of that, with both of its coefficients from the value head.
         """
-        self.rows = rows  # of the batch, for ExactKLTrainer.loss
         logits, loss, values = super().forward(**inputs)
         return logits / self.temperature, loss, values[..., 0] + values[..., 1] * earned
 
@@ -249,57 +248,70 @@ class ExactKLTrainer(PPOTrainer):
 
     def step(self, queries, responses, token_scores):
         """Take a PPO step; token_scores are what each token of each response earns, 1-D tensors."""
-        self.token_scores, self.skipped_updates = token_scores, 0
-        return super().step(queries, responses, [scores.sum() for scores in token_scores])
+        config = self.config
+        inputs = self.prepare_model_inputs(queries, responses)
+        scores = torch.zeros(inputs["input_ids"].shape, device=self.current_device)
+        for row, query, response, earned in zip(scores, queries, responses, token_scores):
+            row[len(query) : len(query) + len(response)] = earned
+        inputs["earned"] = scores.cumsum(1)
 
-    def prepare_model_inputs(self, queries, responses):
-        """Number the rows, so that a shuffled minibatch finds its ref_logprobs; add what each token had earned."""
-        inputs = super().prepare_model_inputs(queries, responses)
-        inputs["rows"] = torch.arange(len(queries), device=self.current_device)
-        inputs["earned"] = torch.zeros(inputs["input_ids"].shape, device=self.current_device)
-        for row, query, response, token_scores in zip(inputs["earned"], queries, responses, self.token_scores):
-            row[len(query) : len(query) + len(response)] = token_scores.cumsum(0)
-        return inputs
+        with torch.no_grad():
+            batch = self.model, queries, responses, inputs
+            logprobs, logits, values, mask = self.batched_forward_pass(*batch, return_logits=True)
+            all_logprobs = torch.log_softmax(logits, dim=-1)
+            with self.optional_peft_ctx():
+                _, ref_logits, _, _ = self.batched_forward_pass(*batch, return_logits=True)
+            ref_logprobs = torch.log_softmax(ref_logits, dim=-1)
+            kl = self._kl_penalty(all_logprobs, ref_logprobs)
+            rewards = (scores[:, 1:] - self.kl_ctl.value * kl) * mask
+            values, _, returns = self.compute_advantages(values, rewards, mask)
+            advantages = (returns - values) * mask
 
-    def compute_rewards(self, scores, logprobs, ref_logprobs, masks):
-        """Spread the score over the tokens; keep both logprobs (batch, length, vocabulary) for the loss."""
-        self.old_logprobs, self.ref_logprobs = logprobs, ref_logprobs
-        _, non_score_rewards, kls = super().compute_rewards(scores, logprobs, ref_logprobs, masks)
-        rewards = non_score_rewards.clone()
-        for row, mask, token_scores in zip(rewards, masks, self.token_scores):
-            row[mask.bool()] += token_scores.to(row.device)
-        return rewards, non_score_rewards, kls
-
-    def compute_advantages(self, values, rewards, mask):
-        """Leave the advantages in units of the score: whitening would blow up the noise of like scores."""
-        values, _, returns = super().compute_advantages(values, rewards, mask)
-        return values, (returns - values) * mask, returns
-
-    def loss(self, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns):
-        """Add KL_COEF times the mean KL_t of the response tokens to TRL's policy loss; measure approxkl exactly.
-
-        TRL's approxkl, half the mean square of ln(p / p_old) of the sampled tokens, is dominated by rare tokens.
-        """
-        inputs = old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns
-        policy_loss, value_loss, stats = super().loss(*inputs)
-        all_logprobs = torch.log_softmax(logits, dim=-1)
-        kl = masked_mean(self._kl_penalty(all_logprobs, self.ref_logprobs[self.model.rows]), mask)
-        step_kl = self._kl_penalty(self.old_logprobs[self.model.rows], all_logprobs.detach())
-        stats["policy/approxkl"] = masked_mean(step_kl, mask)
-        return policy_loss + self.kl_ctl.value * kl, value_loss, stats
-
-    def train_minibatch(self, *minibatch):
-        """Take an update; count it where float16's scaler left it out for bad numbers, not for its own large scale."""
-        stats = super().train_minibatch(*minibatch)
-        self.skipped_updates += int(self.optimizer.step_was_skipped and not stats["loss/total"].isfinite())
-        return stats
-
-    def skip_if_not_finite(self, optimizer, args, kwargs):
-        """Before an update: take away gradients that are not all finite, so that nothing moves, and count."""
-        norms = [parameter.grad.norm() for parameter in self.model_params if parameter.grad is not None]
-        if not torch.stack(norms).isfinite().all():
-            optimizer.zero_grad()
-            self.skipped_updates += 1
+        all_stats, skipped_updates = [], 0
+        for _ in range(config.ppo_epochs):
+            order = numpy.random.permutation(config.batch_size)
+            for start in range(0, config.batch_size, config.mini_batch_size):
+                rows = order[start : start + config.mini_batch_size]
+                new_logprobs, logits, new_values, _ = self.batched_forward_pass(
+                    self.model,
+                    [queries[row] for row in rows],
+                    [responses[row] for row in rows],
+                    {name: value[rows] for name, value in inputs.items()},
+                    return_logits=True,
+                )
+                policy_loss, value_loss, stats = self.loss(
+                    logprobs[rows],
+                    values[rows],
+                    logits,
+                    new_values,
+                    new_logprobs,
+                    mask[rows],
+                    advantages[rows],
+                    returns[rows],
+                )
+                new_all_logprobs = torch.log_softmax(logits, dim=-1)
+                kl_loss = masked_mean(self._kl_penalty(new_all_logprobs, ref_logprobs[rows]), mask[rows])
+                step_kl = self._kl_penalty(all_logprobs[rows], new_all_logprobs.detach())
+                stats["policy/approxkl"] = masked_mean(step_kl, mask[rows])
+                loss = policy_loss + self.kl_ctl.value * kl_loss + value_loss
+                self.accelerator.backward(loss)
+                norm = self.accelerator.clip_grad_norm_(self.model_params, config.max_grad_norm or math.inf)
+                if norm.isfinite() or self.accelerator.scaler:
+                    self.optimizer.step()
+                self.optimizer.zero_grad()
+                skipped_updates += int(not (loss if self.accelerator.scaler else norm).isfinite())
+                all_stats.append(stats)
+        self.skipped_updates = skipped_updates
+        means = {
+            f"ppo/{name}": torch.stack([s[name] for s in all_stats]).mean()
+            for name in ("loss/policy", "loss/value", "policy/approxkl", "policy/clipfrac", "policy/entropy")
+        }
+        return {
+            **means,
+            "ppo/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "objective/kl": (kl * mask).sum(-1).mean(),
+            "objective/kl_coef": self.kl_ctl.value,
+        }
 
 
 def build_trainer(policy, tokenizer, settings, device, dtype):
@@ -323,7 +335,6 @@ def build_trainer(policy, tokenizer, settings, device, dtype):
     trainer = ExactKLTrainer(config, policy, None, tokenizer)
     # TRL's is an iterator, empty after one use: no later gradient would be clipped.
     trainer.model_params = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    trainer.optimizer.optimizer.register_step_pre_hook(trainer.skip_if_not_finite)
     return trainer
 
 
