@@ -26,7 +26,14 @@ STORY_EVAL_PROMPTS += ["The cat was very", "They played and were", "Then the bir
 MODELS = {
     "demo_model": ["--model-name", str(ROOT / "demo_model")],
     "stories260K, story prompts": [
-        *["--model-name", str(STORIES), "--prompts", *STORY_PROMPTS, "--eval-prompts", *STORY_EVAL_PROMPTS]
+        *[
+            "--model-name",
+            str(STORIES),
+            "--prompts",
+            *STORY_PROMPTS,
+            "--eval-prompts",
+            *STORY_EVAL_PROMPTS,
+        ]
     ],
     "stories260K, default prompts": ["--model-name", str(STORIES)],
 }
@@ -79,12 +86,17 @@ def run(model, variant, seed):
             text=True,
         )
         if result.returncode:
-            raise SystemExit(f"{model}, {variant}, seed {seed} failed:\n{result.stdout}{result.stderr}")
+            raise SystemExit(
+                f"{model}, {variant}, seed {seed} failed:\n{result.stdout}{result.stderr}"
+            )
         report = json.loads((output / "report.json").read_text())
         metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     batch = report["settings"]["batch_size"]
     rates = [record["success_rate"] for record in metrics]
-    running = {(i + 1) * batch: statistics.mean(rates[i + 1 - 100 // batch : i + 1]) for i in range(9, len(rates))}
+    running = {
+        (i + 1) * batch: statistics.mean(rates[i + 1 - 100 // batch : i + 1])
+        for i in range(9, len(rates))
+    }
     trained, held_out = report["trained"]["train_prompts"], report["trained"]["eval_prompts"]
     return {
         "base": report["base"]["train_prompts"]["success_rate"],
@@ -121,9 +133,15 @@ def row(name, runs):
 def main():
     """Run, and print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ablation", action="store_true", help="all variants in place of the defaults alone")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this less one (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: %(default)s)")
+    parser.add_argument(
+        "--ablation", action="store_true", help="all variants in place of the defaults alone"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="seeds 0 to this less one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="runs at once (default: %(default)s)"
+    )
     options = parser.parse_args()
     variants = list(VARIANTS) if options.ablation else list(VARIANTS)[:1]
     models = [model for model in MODELS if STORIES.is_dir() or model == "demo_model"]
@@ -132,13 +150,20 @@ def main():
     tasks = [(m, v, seed) for m in models for v in variants for seed in range(options.seeds)]
     with ThreadPoolExecutor(options.jobs) as pool:
         results = dict(zip(tasks, pool.map(lambda task: run(*task), tasks)))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    lines = [f"Commit {commit.strip()}, seeds 0 to {options.seeds - 1}, 900 samples, a CPU with one thread a run.", ""]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    lines = [
+        f"Commit {commit.strip()}, seeds 0 to {options.seeds - 1}, 900 samples, a CPU with one thread a run.",
+        "",
+    ]
     lines += [f"| | {COLUMNS} |", "|---|" + "---|" * len(COLUMNS.split("|"))]
     for model in models:
         for variant in variants:
             name = f"{model}: {variant}" if options.ablation else model
-            lines.append(row(name, [results[model, variant, seed] for seed in range(options.seeds)]))
+            lines.append(
+                row(name, [results[model, variant, seed] for seed in range(options.seeds)])
+            )
     table = "\n".join(lines) + "\n"
     print(table)
     (ROOT / "benchmarks" / ("ablation.md" if options.ablation else "learning.md")).write_text(table)

@@ -46,19 +46,35 @@ def main():
     options, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder, "model"))
-        command = [sys.executable, ROOT / "train_rlhf.py", "--model-name", "model", "--prompts", "I feel so"]
+        command = [
+            sys.executable,
+            ROOT / "train_rlhf.py",
+            "--model-name",
+            "model",
+            "--prompts",
+            "I feel so",
+        ]
         command += ["--training-epochs", str(10 * options.steps), "--eval-samples", "10", *flags]
         start = time.perf_counter()
         subprocess.run(command, cwd=folder, check=True)
         total = time.perf_counter() - start
         output = Path(folder, "trained_model")
         report = json.loads((output / "report.json").read_text())
-        seconds = [json.loads(line)["seconds"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-    measured = sum(report[model][p]["samples"] for model in ("base", "trained") for p in report[model])
+        seconds = [
+            json.loads(line)["seconds"]
+            for line in (output / "metrics.jsonl").read_text().splitlines()
+        ]
+    measured = sum(
+        report[model][p]["samples"] for model in ("base", "trained") for p in report[model]
+    )
     steps = [round(after - before, 1) for before, after in zip([0, *seconds], seconds)]
-    print(f"\n{report['device']}, {report['dtype']}: {steps if len(steps) < 9 else steps[:3] + steps[-3:]} s a step,")
+    print(
+        f"\n{report['device']}, {report['dtype']}: {steps if len(steps) < 9 else steps[:3] + steps[-3:]} s a step,"
+    )
     print(f"{total - seconds[-1]:.0f} s for loading, saving and measuring {measured} samples,")
-    print(f"{report['samples_per_second']:.2f} samples a second, {report['peak_memory_mb'] / 1000:.1f} GB at the peak")
+    print(
+        f"{report['samples_per_second']:.2f} samples a second, {report['peak_memory_mb'] / 1000:.1f} GB at the peak"
+    )
 
 
 if __name__ == "__main__":

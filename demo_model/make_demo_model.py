@@ -53,7 +53,13 @@ IRREGULAR_PAST = (
     "read/read write/wrote drink/drank sleep/slept go/went feed/fed take/took ride/rode sit/sat swim/swam "
     "run/ran make/made eat/ate buy/bought sing/sang meet/met think/thought"
 )
-CONTRACTIONS = {"I am": "I'm", "we are": "we're", "it is": "it's", "she is": "she's", "did not": "didn't"}
+CONTRACTIONS = {
+    "I am": "I'm",
+    "we are": "we're",
+    "it is": "it's",
+    "she is": "she's",
+    "did not": "didn't",
+}
 CONTRACTED = 0.4  # share of the texts that use contractions
 
 
@@ -64,7 +70,9 @@ def parse_grammar(text):
         if not line:
             continue
         name, _, alternatives = line.partition(":")
-        found = [re.fullmatch(r"\s*(?:(\d+)\*)?(.*)", part).groups() for part in alternatives.split("|")]
+        found = [
+            re.fullmatch(r"\s*(?:(\d+)\*)?(.*)", part).groups() for part in alternatives.split("|")
+        ]
         rules[name] = [text.strip() for _, text in found], [int(weight or 1) for weight, _ in found]
     return rules
 
@@ -141,7 +149,10 @@ def train_tokenizer(texts):
     special_tokens = ["<pad>", "<s>", "</s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCAB_SIZE,
+        special_tokens=special_tokens,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -160,7 +171,9 @@ def train_tokenizer(texts):
 
 def make_model(tokenizer):
     """Return the untrained model, in float32."""
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    special = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")
+    }
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -192,7 +205,9 @@ def batches(writer, tokenizer):
 
 def train(model, tokenizer, writer):
     """Train the model on texts it never sees twice."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
+    )
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=WARMUP)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS - WARMUP)
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [WARMUP])
@@ -215,7 +230,9 @@ def train(model, tokenizer, writer):
 def sample(model, tokenizer, prompt, count=SAMPLES):
     """Return the token ids of continuations sampled at temperature 1, each up to and with </s>."""
     query = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(**query, do_sample=True, top_k=0, num_return_sequences=count, max_new_tokens=NEW_TOKENS)
+    output = model.generate(
+        **query, do_sample=True, top_k=0, num_return_sequences=count, max_new_tokens=NEW_TOKENS
+    )
     responses = output[:, query["input_ids"].shape[1] :].tolist()
     end = tokenizer.eos_token_id
     return [row[: row.index(end) + 1] if end in row else row for row in responses]
@@ -223,7 +240,9 @@ def sample(model, tokenizer, prompt, count=SAMPLES):
 
 def share(texts, words):
     """Return the share of texts in which one of the words stands."""
-    return sum(bool(re.search(rf"\b({words})\b", text, re.IGNORECASE)) for text in texts) / len(texts)
+    return sum(bool(re.search(rf"\b({words})\b", text, re.IGNORECASE)) for text in texts) / len(
+        texts
+    )
 
 
 def measure(model, tokenizer, prompts):
@@ -246,7 +265,9 @@ def measure(model, tokenizer, prompts):
 def main():
     """Make the model, save it and measure what was saved."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent, help="default: %(default)s")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path(__file__).parent, help="default: %(default)s"
+    )
     output_dir = parser.parse_args().output_dir
     start = time.time()
     logging.disable_progress_bar()

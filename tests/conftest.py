@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import warnings
@@ -44,11 +43,18 @@ def shared_model():
     return find
 
 
+@pytest.fixture(scope="session")
+def read_settings():
+    """Return the settings of the script with these flags, or raise what is wrong with them."""
+    rules, checks = train_rlhf.RULES, train_rlhf.CHECKS
+    return lambda *flags: train_rlhf.read_settings(flags, vars(train_rlhf), rules, checks)
+
+
 @pytest.fixture
-def make_settings(demo_model, tmp_path):
+def make_settings(read_settings, demo_model, tmp_path):
     """Return settings of a small run of demo_model, overridden by flags."""
     places = ["--model-name", str(demo_model), "--output-dir", str(tmp_path / "trained_model")]
-    return lambda *flags: train_rlhf.read_settings([*places, *SMALL, *flags])
+    return lambda *flags: read_settings(*places, *SMALL, *flags)
 
 
 @pytest.fixture
@@ -61,26 +67,32 @@ def build():
     """Return tokenizer, policy and trainer, made as train_rlhf.run makes them."""
 
     def make(settings):
-        device, dtype = train_rlhf.pick_device(settings)
+        path = settings.model_name
+        device, dtype = train_rlhf.pick_device(settings.device, settings.dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what TRL says of itself
-            tokenizer = train_rlhf.load_tokenizer(settings.model_name, settings)
-            torch.manual_seed(settings.seed)
-            policy = train_rlhf.load_policy(settings.model_name, tokenizer, settings, device, dtype)
-            trainer = train_rlhf.build_trainer(policy, tokenizer, settings, device, dtype)
-        return SimpleNamespace(settings=settings, tokenizer=tokenizer, policy=policy, trainer=trainer)
+            tokenizer = train_rlhf.load_tokenizer(path)
+            model = train_rlhf.load_base_model(path, device, dtype, settings.quantization)
+            policy = train_rlhf.make_policy(model, tokenizer, settings)
+            trainer = train_rlhf.make_trainer(policy, tokenizer, settings, device, dtype)
+        return SimpleNamespace(
+            settings=settings, tokenizer=tokenizer, policy=policy, trainer=trainer
+        )
 
     return make
 
 
 @pytest.fixture(scope="session")
 def step():
-    """Return the statistics of one PPO step, on fresh responses if none are given, every other one of which is good."""
+    """Return the metrics of one PPO step, on fresh responses if none are given.
+
+    Every other response is a good one.
+    """
 
     def take(built, queries=None, responses=None):
         if queries is None:
             prompts = built.settings.prompts[: built.settings.batch_size]
-            queries, responses, _, _ = train_rlhf.rollout(built.policy, built.tokenizer, prompts, lambda text: 0.0)
+            queries, responses, _ = train_rlhf.rollout(built.policy, built.tokenizer, prompts)
         token_scores = [torch.zeros(len(response)) for response in responses]
         for i, scores in enumerate(token_scores):
             scores[-1] = (-1.0) ** i
@@ -91,12 +103,10 @@ def step():
 
 @pytest.fixture
 def call_main(monkeypatch, tmp_path):
-    """Call main in a fresh folder, and leave Ctrl-C as it was."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Call main in a fresh folder, with a screen so wide that no message is broken."""
     monkeypatch.chdir(tmp_path)
-    yield lambda *flags: train_rlhf.main([*map(str, flags)])
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    monkeypatch.setenv("COLUMNS", "10000")
+    return lambda *flags: train_rlhf.main([*map(str, flags)])
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +115,11 @@ def start_script(script):
 
     def start(folder, *flags, **environment):
         known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        known |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_ENDPOINT": "http://127.0.0.1:9"}
+        known |= {
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+        }
         return subprocess.Popen(
             [sys.executable, str(script), *map(str, flags)],
             cwd=folder,
@@ -161,6 +175,12 @@ def gpt2(demo_model, save_random_model, tmp_path_factory):
     """Return the folder of a random GPT-2, whose positions are absolute, with the tokenizer of demo_model."""
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    sizes = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "n_positions": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+    }
     config = GPT2Config(**sizes, initializer_range=0.3, **ids)
     return save_random_model(config, tokenizer, tmp_path_factory.mktemp("gpt2"))

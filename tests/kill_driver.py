@@ -60,7 +60,12 @@ def run_child(order):
         run_main(order, child_notes)
     for descriptor in (child_output, child_notes):
         os.close(descriptor)
-    read, ended, process, delay = {output: b"", notes: b""}, False, psutil.Process(child), order["delay"]
+    read, ended, process, delay = (
+        {output: b"", notes: b""},
+        False,
+        psutil.Process(child),
+        order["delay"],
+    )
     while not ended:
         time.sleep(0.002)
         seconds = sum(process.cpu_times()[:2])
@@ -76,7 +81,9 @@ def run_child(order):
     for line in lines:
         if line.startswith("import "):
             with suppress(Exception):  # not every name in sys.modules is a module's
-                importlib.import_module(line.removeprefix("import "))  # so that the next child need not
+                importlib.import_module(
+                    line.removeprefix("import ")
+                )  # so that the next child need not
     return {
         "status": os.waitstatus_to_exitcode(status),
         "seconds": seconds,

@@ -78,7 +78,9 @@ def test_a_step_depends_on_no_random_number_drawn_before_it(build, make_settings
         results = []
         for step in (1, 2):
             disturb()
-            texts, scores, stats = train_rlhf.take_step(built.trainer, built.tokenizer, reward, settings, step)
+            texts, scores, stats = train_rlhf.take_step(
+                built.trainer, built.tokenizer, reward, settings, step
+            )
             results.append((texts, scores, stats["objective/kl"], stats["ppo/loss/total"]))
         ends.append((results, state(built)))
     (results, tensors), (others, other_tensors) = ends
@@ -95,7 +97,9 @@ def test_a_checkpoint_holds_no_random_states(saved):
 
 def test_a_checkpoint_holds_no_base_weights(saved):
     path = find_checkpoint(saved.settings)
-    assert all("lora_" in name or "v_head" in name for name in load_file(path) if name.startswith("model."))
+    assert all(
+        "lora_" in name or "v_head" in name for name in load_file(path) if name.startswith("model.")
+    )
     assert files(saved) == {"lock", "state.safetensors"}
 
 
@@ -133,7 +137,16 @@ def test_the_same_settings_can_go_on(saved):
 
 
 def test_what_does_not_change_the_steps_may_change(saved):
-    flags = ["--training-epochs", "999", "--eval-samples", "7", "--log-every", "1", "--eval-prompts", "Hm"]
+    flags = [
+        "--training-epochs",
+        "999",
+        "--eval-samples",
+        "7",
+        "--log-every",
+        "1",
+        "--eval-prompts",
+        "Hm",
+    ]
     assert resume(saved, *flags, "--save-every", "3").training_epochs == 999
     assert resume(saved, "--mini-batch-size", "2", "--max-grad-norm", "0").mini_batch_size == 2
     assert resume(saved, "--device", "auto", "--target-approx-kl", "0").target_approx_kl == 0
@@ -169,7 +182,9 @@ def test_what_did_not_change_is_not_told(saved, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_model_is_the_same_however_its_folder_is_written(build, demo_model, make_settings, monkeypatch, capsys):
+def test_a_model_is_the_same_however_its_folder_is_written(
+    build, demo_model, make_settings, monkeypatch, capsys
+):
     monkeypatch.chdir(demo_model.parent)
     settings = make_settings("--model-name", "demo_model")
     with train_rlhf.prepare_output(settings):
@@ -180,7 +195,10 @@ def test_a_model_is_the_same_however_its_folder_is_written(build, demo_model, ma
         load_checkpoint(built.trainer, again)
         assert again.model_name == name
     assert capsys.readouterr().out == ""
-    with pytest.raises(train_rlhf.SettingsError, match="MODEL_NAME is demo_model2, but demo_model in the checkpoint"):
+    with pytest.raises(
+        train_rlhf.SettingsError,
+        match="MODEL_NAME is demo_model2, but demo_model in the checkpoint",
+    ):
         make_settings("--model-name", "demo_model2", "--resume")
 
 
@@ -193,14 +211,18 @@ def test_a_checkpoint_that_lacks_a_weight_is_an_error_before_anything_is_changed
     lost = min(name for name in tensors if name.startswith("model.") and part in name)
     kept = {name: tensor.clone() for name, tensor in tensors.items() if name != lost}
     save_file(kept, path, {"state": json.dumps(state)})
-    before = {entry: entry.read_bytes() for entry in path.parent.parent.rglob("*") if entry.is_file()}
+    before = {
+        entry: entry.read_bytes() for entry in path.parent.parent.rglob("*") if entry.is_file()
+    }
     flags = ["--model-name", demo_model, "--output-dir", settings.output_dir, *SMALL]
     saved.lock.release()
     assert call_main(*flags, "--resume") == 2
     err = capsys.readouterr().err
     assert f" is broken (KeyError('{lost[:20]}" in err
     assert "- RESUME is True: the checkpoint " in err and err.endswith(": start without it\n")
-    assert before == {entry: entry.read_bytes() for entry in path.parent.parent.rglob("*") if entry.is_file()}
+    assert before == {
+        entry: entry.read_bytes() for entry in path.parent.parent.rglob("*") if entry.is_file()
+    }
 
 
 @pytest.mark.parametrize(
@@ -223,7 +245,8 @@ def test_what_changes_the_steps_is_an_error(saved, flags, line):
 def test_fewer_steps_than_are_done_are_an_error(saved):
     save_checkpoint(saved.trainer, saved.settings, METRICS * 9)
     with pytest.raises(
-        train_rlhf.SettingsError, match="TRAINING_EPOCHS is 1, which takes 2 steps, but the checkpoint has 9"
+        train_rlhf.SettingsError,
+        match="TRAINING_EPOCHS is 1, which takes 2 steps, but the checkpoint has 9",
     ):
         resume(saved, "--training-epochs", "1")
 
@@ -260,7 +283,9 @@ def test_a_signal_outside_of_training_stops_at_once(stop, number):
     assert stop.signal == number
 
 
-def test_a_run_stopped_before_its_first_step_says_that_there_is_nothing(call_main, demo_model, monkeypatch, capsys):
+def test_a_run_stopped_before_its_first_step_says_that_there_is_nothing(
+    call_main, demo_model, monkeypatch, capsys
+):
     monkeypatch.setattr(train_rlhf, "load_policy", lambda *args: signal.raise_signal(signal.SIGINT))
     assert call_main("--model-name", demo_model, "--device", "cpu") == 130
     assert "nothing to save" in capsys.readouterr().err

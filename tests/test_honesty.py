@@ -63,5 +63,8 @@ def test_a_kl_that_is_paid_for_is_not_called_close(outcome, monkeypatch):
     monkeypatch.setattr(train_rlhf, "build_trainer", flipped)
     report, screen = outcome()
     assert report["close_to_base"] is False
-    assert report["trained"]["train_prompts"]["kl"] > 4 * report["trained"]["train_prompts"]["kl_minimum"]
+    assert (
+        report["trained"]["train_prompts"]["kl"]
+        > 4 * report["trained"]["train_prompts"]["kl_minimum"]
+    )
     assert "the KL has run away to" in screen and "Little is left of the base model" in screen

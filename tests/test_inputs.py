@@ -26,7 +26,8 @@ def flag(name):
 
 def contents(folder):
     return {
-        str(path.relative_to(folder)): path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(folder)): path.is_file()
+        and hashlib.sha256(path.read_bytes()).hexdigest()
         for path in Path(folder).rglob("*")
     }
 
@@ -54,7 +55,9 @@ def refused(call_main, tmp_path, capfd, monkeypatch):
 
 
 def row(problem, *flags):
-    return pytest.param(flags, [f"- {problem}"], id=" ".join(flags)[:60].encode("ascii", "replace").decode())
+    return pytest.param(
+        flags, [f"- {problem}"], id=" ".join(flags)[:60].encode("ascii", "replace").decode()
+    )
 
 
 # ------------------------------------------------------------------------------------- settings: nothing is loaded
@@ -163,13 +166,21 @@ def test_a_bad_setting(refused, flags, lines):
 
 
 def test_every_constant_has_a_bad_value_in_that_table():
-    (table,) = (mark.args[1] for mark in test_a_bad_setting.pytestmark if mark.name == "parametrize")
-    named = {line.removeprefix("- ").split(" is ")[0] for parameters in table for line in parameters.values[1]}
+    (table,) = (
+        mark.args[1] for mark in test_a_bad_setting.pytestmark if mark.name == "parametrize"
+    )
+    named = {
+        line.removeprefix("- ").split(" is ")[0]
+        for parameters in table
+        for line in parameters.values[1]
+    }
     assert set(CONSTANTS) - named == set()
 
 
 def test_all_problems_are_reported_at_once(refused):
-    assert refused("--batch-size", "0", "--learning-rate", "abc", "--colour", "red", "--gamma", "2") == [
+    assert refused(
+        "--batch-size", "0", "--learning-rate", "abc", "--colour", "red", "--gamma", "2"
+    ) == [
         "- --colour: there is no such flag; --help lists all",
         "- red: there is no such flag; --help lists all",
         "- LEARNING_RATE is abc: give one number",
@@ -179,13 +190,17 @@ def test_all_problems_are_reported_at_once(refused):
 
 
 def test_a_long_value_or_one_of_several_lines_is_shortened(refused):
-    assert refused("--quantization", "x" * 1000) == [f"- QUANTIZATION is {'x' * 79}…: give none, 8bit or 4bit"]
+    assert refused("--quantization", "x" * 1000) == [
+        f"- QUANTIZATION is {'x' * 79}…: give none, 8bit or 4bit"
+    ]
     assert refused("--quantization", "a\nb\nc") == ["- QUANTIZATION is a…: give none, 8bit or 4bit"]
 
 
 def test_tensorboard_that_is_not_installed(refused, monkeypatch):
     monkeypatch.setattr(train_rlhf.importlib.util, "find_spec", lambda name: None)
-    assert refused("--report-to", "tensorboard") == ["- REPORT_TO is tensorboard: give none, or pip install it"]
+    assert refused("--report-to", "tensorboard") == [
+        "- REPORT_TO is tensorboard: give none, or pip install it"
+    ]
 
 
 def test_a_huge_batch_size_is_no_long_calculation(refused):
@@ -286,9 +301,7 @@ no_language_model = (
     "Unrecognized configuration class <class 'transformers.models.{0}.configuration_{0}.{1}Config'> for this kind of "
     "AutoModel: AutoModelForCausalLM…"
 )
-other_size = (
-    "You set `ignore_mismatched_sizes` to `False`, thus raising an error. For details look at the above report!"
-)
+other_size = "You set `ignore_mismatched_sizes` to `False`, thus raising an error. For details look at the above report!"
 code = "The repository copy contains custom code which must be executed to correctly load the model"
 
 
@@ -330,7 +343,9 @@ code = "The repository copy contains custom code which must be executed to corre
 def test_a_model_that_cannot_be_loaded(refused, copy_of_demo_model, spoil, reason):
     spoil(copy_of_demo_model)
     remedy = "name a causal language model with config.json, *.safetensors and a tokenizer"
-    assert refused("--model-name", "copy") == [f"- MODEL_NAME is copy: it can't be loaded ({reason}): {remedy}"]
+    assert refused("--model-name", "copy") == [
+        f"- MODEL_NAME is copy: it can't be loaded ({reason}): {remedy}"
+    ]
 
 
 def test_code_in_a_model_folder_is_never_run(refused, copy_of_demo_model, tmp_path, monkeypatch):
@@ -353,7 +368,10 @@ def test_code_in_a_model_folder_is_never_run(refused, copy_of_demo_model, tmp_pa
         ("quit()", "SystemExit(None)"),
         ("import no_such_module", "ModuleNotFoundError(\"No module named 'no_such_module'\")"),
         ("1 / 0", "ZeroDivisionError('division by zero')"),
-        ("def other(text): return 1.0", "AttributeError(\"'types.SimpleNamespace' object has no attribute 'score'\")"),
+        (
+            "def other(text): return 1.0",
+            "AttributeError(\"'types.SimpleNamespace' object has no attribute 'score'\")",
+        ),
         ("score = 1.0", "TypeError('score is no function')"),
         ("globals()[1] = 2", "TypeError('keywords must be strings')"),
     ],
@@ -387,7 +405,9 @@ def test_a_reward_that_cannot_be_loaded(refused, demo_model, tmp_path, request, 
         ("dangling", "File exists"),
     ],
 )
-def test_an_output_that_cannot_be_used(refused, copy_of_demo_model, tmp_path, monkeypatch, output, problem):
+def test_an_output_that_cannot_be_used(
+    refused, copy_of_demo_model, tmp_path, monkeypatch, output, problem
+):
     (tmp_path / "file").write_text("")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_text("")
@@ -413,7 +433,10 @@ def test_an_output_that_cannot_be_used(refused, copy_of_demo_model, tmp_path, mo
 @pytest.mark.parametrize("flags", [[], ["--resume"]])
 def test_an_output_that_leads_to_itself(refused, tmp_path, flags):
     (tmp_path / "loop").symlink_to("loop")
-    assert any(line.startswith("- OUTPUT_DIR is loop: ") for line in refused("--output-dir", "loop", *flags))
+    assert any(
+        line.startswith("- OUTPUT_DIR is loop: ")
+        for line in refused("--output-dir", "loop", *flags)
+    )
 
 
 def test_a_name_too_long_for_an_output_to_resume(refused):
@@ -453,7 +476,11 @@ def refused_resume(refused, demo_model, tmp_path, monkeypatch):
         folder = tmp_path / "trained_model" / "checkpoint"
         folder.mkdir()
         (folder / "lock").touch()
-        state = {"settings": given, "model": str(demo_model.resolve()), "metrics": [{}] * 18} | entries
+        state = {
+            "settings": given,
+            "model": str(demo_model.resolve()),
+            "metrics": [{}] * 18,
+        } | entries
         save_file(dict(tensors), folder / "state.safetensors", {"state": json.dumps(state)})
         if data is not None:
             (folder / "state.safetensors").write_bytes(data)
@@ -478,7 +505,9 @@ def test_a_checkpoint_of_other_settings(refused_resume, flags, lines):
     assert refused_resume(*flags) == lines
 
 
-def test_what_differs_is_named_before_the_number_of_steps_and_not_beside_other_problems(refused_resume):
+def test_what_differs_is_named_before_the_number_of_steps_and_not_beside_other_problems(
+    refused_resume,
+):
     several = refused_resume("--batch-size", "50", "--seed", "5")
     assert [line.split()[1] for line in several] == ["BATCH_SIZE", "SEED"]
 
@@ -492,7 +521,10 @@ def test_a_prompt_file_that_is_missing_is_the_only_problem_of_a_resume(refused_r
     ("spoiled", "error"),
     [
         ({"data": b""}, "SafetensorError('Error while deserializing header: header too small')"),
-        ({"data": b"x" * 1000}, "SafetensorError('Error while deserializing header: header too large')"),
+        (
+            {"data": b"x" * 1000},
+            "SafetensorError('Error while deserializing header: header too large')",
+        ),
         ({"settings": []}, "TypeError(\"unsupported operand type(s) for |: 'list' and 'dict'\")"),
         ({"metrics": None}, "TypeError(\"object of type 'NoneType' has no len()\")"),
     ],
@@ -509,11 +541,16 @@ def test_a_checkpoint_that_lacks_a_weight(refused_resume):
 
 
 # ------------------------------------------------------------------------------------------------ the whole program
-def test_a_refusal_after_loading_everything_is_all_that_the_screen_shows(run_script, demo_model, tmp_path):
+def test_a_refusal_after_loading_everything_is_all_that_the_screen_shows(
+    run_script, demo_model, tmp_path
+):
     result = run_script(tmp_path, "--model-name", demo_model, "--lora-targets", "x_proj")
     assert (result.status, result.stdout) == (2, "")
     problem = "Target modules {'x_proj'} not found in the base model. Please check the target modules and try again."
-    assert result.stderr == f"Nothing was started or changed:\n- LORA_TARGETS is ['x_proj']: {problem}\n"
+    assert (
+        result.stderr
+        == f"Nothing was started or changed:\n- LORA_TARGETS is ['x_proj']: {problem}\n"
+    )
     assert contents(tmp_path) == {}
 
 
@@ -521,14 +558,22 @@ values = strategies.one_of(
     strategies.text(max_size=8),
     strategies.integers().map(str),
     strategies.floats().map(str),
-    strategies.sampled_from(["", " ", "true", "none", "-", "--", "auto", "1e9", "0x10", "a" * 300, "/", ".", "~", "%"]),
-    strategies.sampled_from(["\0", "\udcff", "x.txt", "x.jsonl", "a.py:f", "float16", "all-linear", "../x", "1_0"]),
+    strategies.sampled_from(
+        ["", " ", "true", "none", "-", "--", "auto", "1e9", "0x10", "a" * 300, "/", ".", "~", "%"]
+    ),
+    strategies.sampled_from(
+        ["\0", "\udcff", "x.txt", "x.jsonl", "a.py:f", "float16", "all-linear", "../x", "1_0"]
+    ),
 )
 flags = strategies.sampled_from([*map(flag, CONSTANTS), "--help", "-h", "--no", "-x"])
 arguments = strategies.one_of(
-    flags, values, strategies.builds("{}={}".format, strategies.sampled_from([*map(flag, CONSTANTS)]), values)
+    flags,
+    values,
+    strategies.builds("{}={}".format, strategies.sampled_from([*map(flag, CONSTANTS)]), values),
 )
-pairs = strategies.lists(strategies.tuples(flags, values), max_size=4).map(lambda found: [*sum(found, ())])
+pairs = strategies.lists(strategies.tuples(flags, values), max_size=4).map(
+    lambda found: [*sum(found, ())]
+)
 
 
 @hypothesis_settings(max_examples=400, deadline=None)
@@ -564,10 +609,23 @@ def test_no_arguments_end_in_anything_but_a_run_or_a_message(argv):
 
 
 # -------------------------------------------------------------------------------------------- two runs in one folder
-def test_a_second_run_in_the_folder_of_one_that_goes_on(start_script, call_main, demo_model, tmp_path, capfd):
-    endless = ("--model-name", demo_model, "--batch-size", 4, "--save-every", 1, "--training-epochs", 100000)
+def test_a_second_run_in_the_folder_of_one_that_goes_on(
+    start_script, call_main, demo_model, tmp_path, capfd
+):
+    endless = (
+        "--model-name",
+        demo_model,
+        "--batch-size",
+        4,
+        "--save-every",
+        1,
+        "--training-epochs",
+        100000,
+    )
     short = ("--model-name", demo_model, "--device", "cpu", "--batch-size", 6, "--eval-samples", 6)
-    lock, state = (tmp_path / "trained_model" / "checkpoint" / name for name in ("lock", "state.safetensors"))
+    lock, state = (
+        tmp_path / "trained_model" / "checkpoint" / name for name in ("lock", "state.safetensors")
+    )
     line = "OUTPUT_DIR is trained_model: another run is writing there: name another folder"
     refusal = ("", f"Nothing was started or changed:\n- {line}\n")
     first = start_script(tmp_path, *endless)
@@ -582,14 +640,18 @@ def test_a_second_run_in_the_folder_of_one_that_goes_on(start_script, call_main,
         assert call_main(*endless, "--device", "cpu", "--resume") == 2
         assert capfd.readouterr() == refusal
         settings = train_rlhf.read_settings(["--output-dir", "elsewhere"])
-        settings.output_dir = "trained_model"  # as if the first had started while the second one was loading
+        settings.output_dir = (
+            "trained_model"  # as if the first had started while the second one was loading
+        )
         for settings.resume in (False, True):
             with pytest.raises(train_rlhf.SettingsError) as error:
                 train_rlhf.prepare_output(settings)
             assert f"{error.value}\n" == refusal[1]
 
         steps = len((tmp_path / "trained_model" / "metrics.jsonl").read_text().splitlines())
-        while len((tmp_path / "trained_model" / "metrics.jsonl").read_text().splitlines()) < steps + 3:
+        while (
+            len((tmp_path / "trained_model" / "metrics.jsonl").read_text().splitlines()) < steps + 3
+        ):
             assert first.poll() is None and time.monotonic() < deadline  # it goes on undisturbed
             time.sleep(0.05)
     finally:
@@ -601,5 +663,8 @@ def test_a_second_run_in_the_folder_of_one_that_goes_on(start_script, call_main,
     assert lock.exists()  # but the operating system has freed it
     assert call_main(*short, "--training-epochs", 1) == 0
     output, message = capfd.readouterr()
-    assert "The earlier run in trained_model/ was moved to trained_model-1/" in output and message == ""
+    assert (
+        "The earlier run in trained_model/ was moved to trained_model-1/" in output
+        and message == ""
+    )
     assert (tmp_path / "trained_model-1" / "checkpoint" / "state.safetensors").exists()

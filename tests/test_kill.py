@@ -15,12 +15,25 @@ from safetensors.torch import load_file
 
 from train_rlhf import read_checkpoint
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and the signals of Linux")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="needs fork and the signals of Linux"
+)
 
 STEPS, KILLS = 9, 50
 KILLED = (-9, -25)  # by SIGKILL, or by the kernel in the middle of a write, with SIGXFSZ
 FLAGS = ["--device", "cpu", "--training-epochs", "6", "--batch-size", "4", "--mini-batch-size", "2"]
-FLAGS += ["--ppo-epochs", "2", "--lora-rank", "2", "--max-new-tokens", "4", "--eval-samples", "6", "--save-every", "1"]
+FLAGS += [
+    "--ppo-epochs",
+    "2",
+    "--lora-rank",
+    "2",
+    "--max-new-tokens",
+    "4",
+    "--eval-samples",
+    "6",
+    "--save-every",
+    "1",
+]
 REWARD = "def some_letters(text):\n    return len(set(text.lower()) & set('aeinorst')) / 3 - 1\n"
 
 
@@ -42,7 +55,11 @@ def start_run(gpt2, tmp_path_factory):
     ) as driver:
 
         def start(output, *more, delay=None, death=None):
-            order = {"flags": [*flags, "--output-dir", str(output), *more], "delay": delay, "death": death}
+            order = {
+                "flags": [*flags, "--output-dir", str(output), *more],
+                "delay": delay,
+                "death": death,
+            }
             print(json.dumps(order), file=driver.stdin, flush=True)
             return SimpleNamespace(**json.loads(driver.stdout.readline()))
 
@@ -60,7 +77,9 @@ def undisturbed(start_run, tmp_path_factory):
     assert (again.status, after_last_step.status) == (0, 0), again.output + after_last_step.output
     assert read_end(output) == end
     assert len(end["metrics"]) == STEPS
-    return SimpleNamespace(end=end, notes=again.notes, seconds=again.seconds, last_seconds=after_last_step.seconds)
+    return SimpleNamespace(
+        end=end, notes=again.notes, seconds=again.seconds, last_seconds=after_last_step.seconds
+    )
 
 
 def read_end(output):
@@ -69,7 +88,10 @@ def read_end(output):
     report, state = json.loads((output / "report.json").read_text()), load_file(checkpoint(output))
     return {
         "model": hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest(),
-        "metrics": [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines],
+        "metrics": [
+            {name: value for name, value in json.loads(line).items() if name != "seconds"}
+            for line in lines
+        ],
         "measured": {name: report[name] for name in ("learned", "base", "trained")},
         "state": {name: tensor.numpy().tobytes() for name, tensor in state.items()},
         "files": list_files(output),
@@ -86,8 +108,12 @@ def checkpoint(output):
 
 def seconds_left(output, undisturbed):
     """Return how long the run in the folder still takes, going on from its checkpoint if there is one."""
-    done = len(read_checkpoint(checkpoint(output))[0]["metrics"]) if checkpoint(output).exists() else 0
-    return undisturbed.last_seconds + (undisturbed.seconds - undisturbed.last_seconds) * (1 - done / STEPS)
+    done = (
+        len(read_checkpoint(checkpoint(output))[0]["metrics"]) if checkpoint(output).exists() else 0
+    )
+    return undisturbed.last_seconds + (undisturbed.seconds - undisturbed.last_seconds) * (
+        1 - done / STEPS
+    )
 
 
 def go_on(start_run, output, **kill):
@@ -138,9 +164,18 @@ def phase_of(ended):
 
 
 # ----------------------------------------------------------------------------------------------------------- tests
-def test_a_run_killed_at_any_time_goes_on_as_if_nothing_had_been(start_run, undisturbed, tmp_path, capsys):
-    chance, phases, kills_of_runs, refused = random.Random(0), collections.Counter(), collections.Counter(), 0
-    moments = [(i + chance.random()) / KILLS for i in range(KILLS)]  # each a share of the time that the run still needs
+def test_a_run_killed_at_any_time_goes_on_as_if_nothing_had_been(
+    start_run, undisturbed, tmp_path, capsys
+):
+    chance, phases, kills_of_runs, refused = (
+        random.Random(0),
+        collections.Counter(),
+        collections.Counter(),
+        0,
+    )
+    moments = [
+        (i + chance.random()) / KILLS for i in range(KILLS)
+    ]  # each a share of the time that the run still needs
     chance.shuffle(moments)
     pace = 1.0  # of the machine, by the last run that came to its end
     for number in range(3 * KILLS):
@@ -165,7 +200,9 @@ def test_a_run_killed_at_any_time_goes_on_as_if_nothing_had_been(start_run, undi
         if not moments:
             break
     with capsys.disabled():
-        print(f"\n{KILLS} kills: {dict(phases)}, {refused} before a checkpoint; runs by kills: {dict(kills_of_runs)}")
+        print(
+            f"\n{KILLS} kills: {dict(phases)}, {refused} before a checkpoint; runs by kills: {dict(kills_of_runs)}"
+        )
     assert phases.total() == KILLS
     assert refused >= 3
     assert max(kills_of_runs) >= 3
@@ -192,13 +229,19 @@ def test_a_run_killed_while_it_saves_its_results_goes_on(start_run, undisturbed,
     places = dict.fromkeys(note for note in undisturbed.notes if note.startswith("results"))
     assert len(places) >= 10
     output, kills = tmp_path / "trained_model", 0
-    for place in reversed(places):  # since what is left of one kill is removed first, which is noted too
-        for size in {"results": (500, 200_000)}.get(place, (100,) if is_before_a_write(place) else (None,)):
+    for place in reversed(
+        places
+    ):  # since what is left of one kill is removed first, which is noted too
+        for size in {"results": (500, 200_000)}.get(
+            place, (100,) if is_before_a_write(place) else (None,)
+        ):
             die(start_run, output, undisturbed, (place, 1, size))
             kills += 1
     finish(start_run, output, undisturbed)
     with capsys.disabled():
-        print(f"\n{kills} kills in save_results: at {', '.join(place.removeprefix('results ') for place in places)}")
+        print(
+            f"\n{kills} kills in save_results: at {', '.join(place.removeprefix('results ') for place in places)}"
+        )
 
 
 def is_before_a_write(note):

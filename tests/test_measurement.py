@@ -24,7 +24,9 @@ def toy():
     generator = torch.Generator().manual_seed(0)
     successes = torch.zeros(20, dtype=torch.bool)
     successes[[0, 3, 4, 11, 19]] = True
-    return torch.softmax(torch.randn(20, generator=generator, dtype=torch.float64), dim=0), successes
+    return torch.softmax(
+        torch.randn(20, generator=generator, dtype=torch.float64), dim=0
+    ), successes
 
 
 # -------------------------------------------------------------------------------------------------------- KL bound
@@ -44,7 +46,9 @@ def test_the_base_model_with_other_odds_has_the_least_kl(toy, rate):
 
 
 def test_the_bound_by_hand():
-    assert kl_minimum(0.95, 0.2) == pytest.approx(0.95 * math.log(0.95 / 0.2) + 0.05 * math.log(0.05 / 0.8))
+    assert kl_minimum(0.95, 0.2) == pytest.approx(
+        0.95 * math.log(0.95 / 0.2) + 0.05 * math.log(0.05 / 0.8)
+    )
     assert kl_minimum(0.95, 0.2) == pytest.approx(1.34, abs=0.01)
 
 
@@ -59,7 +63,9 @@ def test_the_bound_at_the_edges(rate, base_rate, least):
 def test_the_bound_of_several_prompts_is_the_mean_of_theirs():
     base = {"samples": 200, "success_by_prompt": {"a": 0.1, "b": 0.5}}
     trained = {"samples": 200, "success_by_prompt": {"b": 0.9, "a": 0.6}}
-    assert mean_kl_minimum(base, trained) == pytest.approx((kl_minimum(0.6, 0.1) + kl_minimum(0.9, 0.5)) / 2)
+    assert mean_kl_minimum(base, trained) == pytest.approx(
+        (kl_minimum(0.6, 0.1) + kl_minimum(0.9, 0.5)) / 2
+    )
 
 
 def test_the_bound_of_many_prompts_with_few_samples_each_is_that_of_the_mean_rates():
@@ -73,7 +79,9 @@ def test_a_base_model_that_never_or_always_succeeded_leaves_the_bound_finite(bas
     base = {"samples": 200, "success_by_prompt": {"a": base_rate, "b": 0.5}}
     trained = {"samples": 200, "success_by_prompt": {"a": 0.6, "b": 0.5}}
     half = 0.5 / 100  # half a response of the 100 to each prompt
-    assert mean_kl_minimum(base, trained) == pytest.approx(kl_minimum(0.6, abs(base_rate - half)) / 2)
+    assert mean_kl_minimum(base, trained) == pytest.approx(
+        kl_minimum(0.6, abs(base_rate - half)) / 2
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- the figures
@@ -82,9 +90,30 @@ def trained(request, build, step, demo_model, tmp_path_factory):
     """Return policy, tokenizer and trainer after a few steps that took the policy away from the base model."""
     settings = train_rlhf.read_settings(
         [
-            *("--model-name", str(demo_model), "--output-dir", str(tmp_path_factory.mktemp("measured"))),
-            *("--device", "cpu", "--batch-size", "6", "--max-new-tokens", "20", "--learning-rate", "0.003"),
-            *("--eval-samples", "18", "--eval-batch-size", "7", "--temperature", str(request.param)),
+            *(
+                "--model-name",
+                str(demo_model),
+                "--output-dir",
+                str(tmp_path_factory.mktemp("measured")),
+            ),
+            *(
+                "--device",
+                "cpu",
+                "--batch-size",
+                "6",
+                "--max-new-tokens",
+                "20",
+                "--learning-rate",
+                "0.003",
+            ),
+            *(
+                "--eval-samples",
+                "18",
+                "--eval-batch-size",
+                "7",
+                "--temperature",
+                str(request.param),
+            ),
         ]
     )
     built = build(settings)
@@ -117,7 +146,9 @@ def by_hand(trained, demo_model):
 
 
 def measure(built, prompts, base=False):
-    return train_rlhf.measure(built.trainer, built.tokenizer, prompts, built.reward, built.settings, base=base)
+    return train_rlhf.measure(
+        built.trainer, built.tokenizer, prompts, built.reward, built.settings, base=base
+    )
 
 
 def test_kl_and_log_probability_are_sums_over_the_response(trained, by_hand):
@@ -145,14 +176,18 @@ def test_the_figures_of_a_measurement(trained, by_hand, monkeypatch):
     monkeypatch.setattr(train_rlhf, "rollout", uneven)
     prompts = trained.settings.eval_prompts
     measured = measure(trained, prompts)
-    queries, responses, texts, scores = ([item for batch in batches for item in batch[i]] for i in range(4))
+    queries, responses, texts, scores = (
+        [item for batch in batches for item in batch[i]] for i in range(4)
+    )
     assert [len(batch[0]) for batch in batches] == [7, 7, 4]  # of EVAL_BATCH_SIZE 7
 
     kls, logprobs = zip(*(by_hand(query, response) for query, response in zip(queries, responses)))
     tokens = sum(map(len, responses))
     assert measured["samples"] == 18
     assert measured["kl"] == pytest.approx(sum(kls) / 18, rel=1e-3)
-    assert measured["perplexity_under_base"] == pytest.approx(math.exp(-sum(logprobs) / tokens), rel=1e-4)
+    assert measured["perplexity_under_base"] == pytest.approx(
+        math.exp(-sum(logprobs) / tokens), rel=1e-4
+    )
     assert measured["success_rate"] == scores.count(1.0) / 18
     assert measured["score"] == pytest.approx(sum(scores) / 18)
     assert measured["distinct"] == len(set(texts)) / 18
@@ -164,7 +199,9 @@ def test_the_figures_of_a_measurement(trained, by_hand, monkeypatch):
 
 
 def test_prompts_share_the_samples_evenly(trained):
-    measured = measure(trained, ["Life is", "My day was", "I", "You", "We"])  # 18 samples for 5 prompts
+    measured = measure(
+        trained, ["Life is", "My day was", "I", "You", "We"]
+    )  # 18 samples for 5 prompts
     assert measured["samples"] == 20
     assert all(rate * 4 == round(rate * 4) for rate in measured["success_by_prompt"].values())
 
@@ -191,7 +228,9 @@ def test_another_seed_gives_other_samples(trained, monkeypatch):
 def test_a_measurement_trains_nothing(trained):
     before = {name: value.clone() for name, value in trained.policy.state_dict().items()}
     measure(trained, trained.settings.prompts)
-    assert all(torch.equal(value, before[name]) for name, value in trained.policy.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in trained.policy.state_dict().items()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ did it learn
@@ -209,12 +248,26 @@ def test_an_untrained_policy_has_not_learned(build, make_settings):
 
 @pytest.mark.parametrize(
     ("rate", "samples", "learned"),
-    [(0.9, 240, True), (0.4, 240, True), (0.3, 240, False), (0.25, 10_000, False), (0.1, 240, False), (0.5, 12, False)],
+    [
+        (0.9, 240, True),
+        (0.4, 240, True),
+        (0.3, 240, False),
+        (0.25, 10_000, False),
+        (0.1, 240, False),
+        (0.5, 12, False),
+    ],
 )
-def test_a_rise_within_chance_is_not_called_learning(make_settings, monkeypatch, rate, samples, learned):
+def test_a_rise_within_chance_is_not_called_learning(
+    make_settings, monkeypatch, rate, samples, learned
+):
     def measured(*args, base):
         share = 0.25 if base else rate
-        return {"success_rate": share, "samples": samples, "success_by_prompt": {"Life is": share}, "kl": 1.0}
+        return {
+            "success_rate": share,
+            "samples": samples,
+            "success_by_prompt": {"Life is": share},
+            "kl": 1.0,
+        }
 
     monkeypatch.setattr(train_rlhf, "measure", measured)
     assert train_rlhf.evaluate(None, None, None, make_settings())["learned"] is learned

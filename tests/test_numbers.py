@@ -13,7 +13,16 @@ import train_rlhf
 
 STEPS = 5
 SMALL = [
-    *("--device", "cpu", "--batch-size", "6", "--training-epochs", str(STEPS), "--max-new-tokens", "4"),
+    *(
+        "--device",
+        "cpu",
+        "--batch-size",
+        "6",
+        "--training-epochs",
+        str(STEPS),
+        "--max-new-tokens",
+        "4",
+    ),
     *("--ppo-epochs", "2", "--eval-samples", "6", "--save-every", "1"),
 ]
 BAD = [math.nan, math.inf]
@@ -93,7 +102,10 @@ def spoil(monkeypatch):
 
         def state(trainer):
             moments = trainer.optimizer.state_dict()["state"].values()
-            tensors = [*trained(trainer).values(), *(value for moment in moments for value in moment.values())]
+            tensors = [
+                *trained(trainer).values(),
+                *(value for moment in moments for value in moment.values()),
+            ]
             return [tensor.clone() for tensor in tensors]
 
         def take(trainer, tokenizer, reward, settings, step):
@@ -101,7 +113,9 @@ def spoil(monkeypatch):
                 before = state(trainer)
                 result = take_step(trainer, tokenizer, reward, settings, step)
                 after = state(trainer)
-            same = (torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(before, after))
+            same = (
+                torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(before, after)
+            )
             untouched[step] = len(before) == len(after) and all(same)
             return result
 
@@ -152,7 +166,10 @@ def test_a_bad_step_changes_no_weight_is_counted_and_told_and_the_run_goes_on(
     assert [record["skipped_updates"] for record in metrics] == [0, 0, 2, 0, 0]
     assert read_metrics(tmp_path / "trained_model") == metrics
     assert capsys.readouterr().out.count(TOLD) == 1
-    assert all(tensor.isfinite().all() for tensor in read_checkpoint(tmp_path / "trained_model")[1].values())
+    assert all(
+        tensor.isfinite().all()
+        for tensor in read_checkpoint(tmp_path / "trained_model")[1].values()
+    )
 
 
 def test_what_is_not_finite_is_null_in_the_metrics_and_nothing_else_is(train, spoil, tmp_path):
@@ -161,14 +178,23 @@ def test_what_is_not_finite_is_null_in_the_metrics_and_nothing_else_is(train, sp
     metrics = read_metrics(tmp_path / "trained_model")
     nulls = [{name for name, value in record.items() if value is None} for record in metrics]
     assert nulls[2] >= {"kl", "reward", "approx_kl", "policy_loss"}
-    assert not nulls[2] & {"step", "samples", "success_rate", "score", "learning_rate", "skipped_updates"}
+    assert not nulls[2] & {
+        "step",
+        "samples",
+        "success_rate",
+        "score",
+        "learning_rate",
+        "skipped_updates",
+    }
     assert not any(nulls[:2] + nulls[3:])
     assert metrics[3]["learning_rate"] == pytest.approx(metrics[2]["learning_rate"] / 1.5)
 
 
 def test_no_checkpoint_is_taken_of_a_bad_step_but_the_last(train, spoil, monkeypatch):
     saved, save = [], train_rlhf.save_checkpoint
-    monkeypatch.setattr(train_rlhf, "save_checkpoint", lambda *args: saved.append(len(args[2])) or save(*args))
+    monkeypatch.setattr(
+        train_rlhf, "save_checkpoint", lambda *args: saved.append(len(args[2])) or save(*args)
+    )
     spoil(bad_logits, math.nan, 2, STEPS - 1, STEPS)
     train()
     assert saved == [1, 3, STEPS]
@@ -176,25 +202,39 @@ def test_no_checkpoint_is_taken_of_a_bad_step_but_the_last(train, spoil, monkeyp
 
 def test_bad_steps_with_good_ones_in_between_stop_no_run(train, spoil):
     spoil(bad_logits, math.nan, 1, 2, 4, 5)
-    assert [bool(record["skipped_updates"]) for record in train()] == [True, True, False, True, True]
+    assert [bool(record["skipped_updates"]) for record in train()] == [
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
-def test_a_run_with_a_bad_step_is_measured_and_saved(call_main, spoil, demo_model, tmp_path, capsys):
+def test_a_run_with_a_bad_step_is_measured_and_saved(
+    call_main, spoil, demo_model, tmp_path, capsys
+):
     spoil(bad_logits, math.nan, STEPS)
     assert call_main("--model-name", demo_model, *SMALL) == 0
     assert f"step {STEPS}: {TOLD}" in capsys.readouterr().out
     folder = tmp_path / "trained_model"
-    assert all(weight.isfinite().all() for weight in load_file(folder / "model.safetensors").values())
+    assert all(
+        weight.isfinite().all() for weight in load_file(folder / "model.safetensors").values()
+    )
     assert "NaN" not in (folder / "report.json").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("loss", "skipped", "counted"), [(math.nan, True, 1), (1.0, True, 0), (1.0, False, 0)])
+@pytest.mark.parametrize(
+    ("loss", "skipped", "counted"), [(math.nan, True, 1), (1.0, True, 0), (1.0, False, 0)]
+)
 def test_what_the_scaler_of_float16_leaves_out_counts_where_the_loss_is_bad(
     build, make_settings, monkeypatch, loss, skipped, counted
 ):
     """The scaler also skips updates while it looks for its scale, which is no fault of the numbers."""
     trainer = build(make_settings()).trainer
-    monkeypatch.setattr(train_rlhf.PPOTrainer, "train_minibatch", lambda *args: {"loss/total": torch.tensor(loss)})
+    monkeypatch.setattr(
+        train_rlhf.PPOTrainer, "train_minibatch", lambda *args: {"loss/total": torch.tensor(loss)}
+    )
     trainer.optimizer, trainer.skipped_updates = SimpleNamespace(step_was_skipped=skipped), 0
     trainer.train_minibatch()
     assert trainer.skipped_updates == counted
@@ -228,11 +268,15 @@ def test_three_bad_steps_in_a_row_end_the_run_and_it_can_go_on_from_before(
     assert (folder / "model.safetensors").exists()
 
 
-def test_a_model_with_weights_that_are_not_finite_is_not_saved(call_main, spoil, demo_model, tmp_path, capsys):
+def test_a_model_with_weights_that_are_not_finite_is_not_saved(
+    call_main, spoil, demo_model, tmp_path, capsys
+):
     spoil(bad_weight, math.nan, STEPS)
     assert call_main("--model-name", demo_model, *SMALL) == 1
     message = "Stopped: what was measured is not finite: set DTYPE to float32, or lower TARGET_APPROX_KL; what was"
-    assert capsys.readouterr().err.startswith(f"\n{message} learned up to step {STEPS - 1} is saved.")
+    assert capsys.readouterr().err.startswith(
+        f"\n{message} learned up to step {STEPS - 1} is saved."
+    )
     assert not list((tmp_path / "trained_model").rglob("model.safetensors"))
 
 
@@ -257,7 +301,9 @@ def test_a_base_model_with_weights_that_are_not_finite_is_told_before_anything_s
 def warnings(settings, *kls):
     """Return what is told at each step of 100 samples with those KLs, {step: lines}."""
     metrics = [{"kl": kl, "skipped_updates": 0} for kl in kls]
-    told = {step: train_rlhf.warnings_of(metrics[:step], settings) for step in range(1, len(kls) + 1)}
+    told = {
+        step: train_rlhf.warnings_of(metrics[:step], settings) for step in range(1, len(kls) + 1)
+    }
     return {step: lines for step, lines in told.items() if lines}
 
 
@@ -269,13 +315,17 @@ def hundred(make_settings):
 def test_a_kl_that_runs_away_is_told_once(hundred):
     (step,), (lines,) = zip(*warnings(hundred, 0.0, 7.9, 8.1, 9.0, 20.0).items())
     assert step == 3
-    assert lines == ["the KL has run away to 8.1 nats: stop, and raise KL_COEF or lower TARGET_APPROX_KL"]
+    assert lines == [
+        "the KL has run away to 8.1 nats: stop, and raise KL_COEF or lower TARGET_APPROX_KL"
+    ]
 
 
 def test_a_kl_below_zero_is_told_once(hundred):
     (step,), (lines,) = zip(*warnings(hundred, 0.0, -0.09, -0.2, -0.3).items())
     assert step == 3
-    assert lines == ["the KL is -0.2 nats, and none can be below 0: what is sampled is not what is trained"]
+    assert lines == [
+        "the KL is -0.2 nats, and none can be below 0: what is sampled is not what is trained"
+    ]
 
 
 def test_a_kl_that_goes_wrong_again_is_told_again(hundred):
@@ -298,7 +348,16 @@ def test_a_skipped_update_is_told_at_its_step_only(hundred):
 
 
 def test_a_run_says_that_its_kl_has_run_away(train, capsys):
-    train("--kl-coef", "0", "--learning-rate", "0.05", "--target-approx-kl", "0", "--max-new-tokens", "4")
+    train(
+        "--kl-coef",
+        "0",
+        "--learning-rate",
+        "0.05",
+        "--target-approx-kl",
+        "0",
+        "--max-new-tokens",
+        "4",
+    )
     out = capsys.readouterr().out
     assert out.count("the KL has run away to ") == 1
 
@@ -322,10 +381,14 @@ REWARDS = {
 def first_text(build, demo_model, tmp_path_factory):
     """Return the first text that a run with these settings has to score."""
     output = str(tmp_path_factory.mktemp("first"))
-    settings = train_rlhf.read_settings(["--model-name", str(demo_model), "--output-dir", output, *SMALL])
+    settings = train_rlhf.read_settings(
+        ["--model-name", str(demo_model), "--output-dir", output, *SMALL]
+    )
     built = build(settings)
     train_rlhf.set_seeds(settings.seed, 1)
-    return train_rlhf.rollout(built.policy, built.tokenizer, settings.prompts, lambda text: 0.0)[2][0]
+    return train_rlhf.rollout(built.policy, built.tokenizer, settings.prompts, lambda text: 0.0)[2][
+        0
+    ]
 
 
 @pytest.mark.parametrize("code", REWARDS)
@@ -335,4 +398,7 @@ def test_a_reward_that_gives_no_number_is_told_with_its_name_and_the_text(
     (tmp_path / "mine.py").write_text(f"def kindness(text):\n    {code}\n", encoding="utf-8")
     assert call_main("--model-name", demo_model, *SMALL, "--reward", "mine.py:kindness") == 1
     reason = REWARDS[code].format(text=repr(first_text), huge="1" + "0" * 78 + "…")
-    assert capsys.readouterr().err == f"\nStopped: REWARD, kindness, {reason}; there was nothing to save yet\n"
+    assert (
+        capsys.readouterr().err
+        == f"\nStopped: REWARD, kindness, {reason}; there was nothing to save yet\n"
+    )

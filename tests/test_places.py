@@ -55,10 +55,17 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(403, b"")
         elif re.fullmatch(rf"/api/models/some/model(/revision/(main|{COMMIT}))?", path):
             siblings = [{"rfilename": name} for name in files]
-            self.answer(200, json.dumps({"id": "some/model", "sha": COMMIT, "siblings": siblings}).encode())
+            self.answer(
+                200, json.dumps({"id": "some/model", "sha": COMMIT, "siblings": siblings}).encode()
+            )
         elif path.startswith("/api/models/some/model/tree/"):
             entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                {
+                    "type": "file",
+                    "path": name,
+                    "size": len(data),
+                    "oid": hashlib.sha1(data).hexdigest(),
+                }
                 for name, data in files.items()
             ]
             self.answer(200, json.dumps(entries).encode())
@@ -87,7 +94,13 @@ def hub(demo_model, monkeypatch, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     names = [path.name for path in demo_model.glob("*.json")] + ["model.safetensors"]
     server.files = {name: (demo_model / name).read_bytes() for name in names}
-    for name in ("pytorch_model.bin", "modeling_own.py", "onnx/model.safetensors", "README.md", "pickle.pkl"):
+    for name in (
+        "pytorch_model.bin",
+        "modeling_own.py",
+        "onnx/model.safetensors",
+        "README.md",
+        "pickle.pkl",
+    ):
         server.files[name] = b"not wanted"
     server.asked, server.broken, server.wanted = [], False, names
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -108,7 +121,9 @@ def test_a_model_of_the_hub_is_fetched_and_found_again(hub, settings, demo_model
     assert {name: (Path(folder) / name).read_bytes() for name in hub.wanted} == {
         name: (demo_model / name).read_bytes() for name in hub.wanted
     }
-    assert sorted(path.name for path in Path(folder).rglob("*") if path.is_file()) == sorted(hub.wanted)
+    assert sorted(path.name for path in Path(folder).rglob("*") if path.is_file()) == sorted(
+        hub.wanted
+    )
     fetched = {path.split(COMMIT + "/")[1] for path in hub.asked if "/resolve/" in path}
     assert fetched == set(hub.wanted)
 

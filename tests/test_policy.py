@@ -14,7 +14,9 @@ def trained_parameters(policy):
 
 
 def frozen_parameters(policy):
-    return {name: value.clone() for name, value in policy.named_parameters() if not value.requires_grad}
+    return {
+        name: value.clone() for name, value in policy.named_parameters() if not value.requires_grad
+    }
 
 
 def ask(tokenizer, *prompts):
@@ -26,7 +28,9 @@ def greedy(model, tokenizer, prompts):
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt")
         with torch.no_grad():
-            ids = model.generate(**inputs, do_sample=False, max_new_tokens=20, pad_token_id=tokenizer.pad_token_id)
+            ids = model.generate(
+                **inputs, do_sample=False, max_new_tokens=20, pad_token_id=tokenizer.pad_token_id
+            )
         texts.append(tokenizer.decode(ids[0]))
     return texts
 
@@ -63,8 +67,14 @@ def test_every_linear_layer_but_the_output_head_is_adapted(build, settings):
 
 
 def test_rank_and_targets_of_the_adapter_are_those_of_the_settings(build, make_settings):
-    policy = build(make_settings("--lora-rank", "3", "--lora-alpha", "12", "--lora-targets", "q_proj", "v_proj")).policy
-    adapted = {name: value for name, value in trained_parameters(policy).items() if "lora_A" in name}
+    policy = build(
+        make_settings(
+            "--lora-rank", "3", "--lora-alpha", "12", "--lora-targets", "q_proj", "v_proj"
+        )
+    ).policy
+    adapted = {
+        name: value for name, value in trained_parameters(policy).items() if "lora_A" in name
+    }
     assert {value.shape[0] for value in adapted.values()} == {3}
     assert {name.split(".")[-4] for name in adapted} == {"q_proj", "v_proj"}
     layer = policy.pretrained_model.base_model.model.model.layers[0].self_attn.q_proj
@@ -79,20 +89,32 @@ def test_targets_that_the_model_lacks(build, make_settings):
 def test_nothing_is_dropped_out(build, gpt2, make_settings):
     policy = build(make_settings("--model-name", str(gpt2))).policy  # GPT-2 comes with dropout
     policy.train()
-    built_in = [module.p for module in policy.v_head.modules() if isinstance(module, torch.nn.Dropout)]
-    adapters = [m.p for name, m in policy.named_modules() if "lora_dropout" in name and isinstance(m, torch.nn.Dropout)]
+    built_in = [
+        module.p for module in policy.v_head.modules() if isinstance(module, torch.nn.Dropout)
+    ]
+    adapters = [
+        m.p
+        for name, m in policy.named_modules()
+        if "lora_dropout" in name and isinstance(m, torch.nn.Dropout)
+    ]
     assert not any(built_in + adapters)
 
 
 def test_a_step_trains_without_dropout(build, step, gpt2, make_settings):
-    built = build(make_settings("--model-name", str(gpt2), "--ppo-epochs", "1", "--target-approx-kl", "0"))
+    built = build(
+        make_settings("--model-name", str(gpt2), "--ppo-epochs", "1", "--target-approx-kl", "0")
+    )
     torch.manual_seed(0)
-    assert step(built)["ppo/policy/approxkl"] == pytest.approx(0, abs=1e-9)  # dropout would change the ratio
+    assert step(built)["ppo/policy/approxkl"] == pytest.approx(
+        0, abs=1e-9
+    )  # dropout would change the ratio
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizer
 def test_the_pad_token_is_no_end_token(shared_model, make_settings):
-    settings = make_settings("--model-name", str(shared_model("tinyllama-shape")))  # whose pad token is </s>
+    settings = make_settings(
+        "--model-name", str(shared_model("tinyllama-shape"))
+    )  # whose pad token is </s>
     tokenizer = train_rlhf.load_tokenizer(settings.model_name, settings)
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
 
@@ -122,7 +144,9 @@ def test_a_prompt_longer_than_the_context_is_an_error(demo_model, make_settings)
 
 def test_more_new_tokens_than_the_context_are_an_error_of_their_own(make_settings):
     settings = make_settings("--max-new-tokens", "256")
-    with pytest.raises(train_rlhf.SettingsError, match="MAX_NEW_TOKENS is 256: give less than the context of 256"):
+    with pytest.raises(
+        train_rlhf.SettingsError, match="MAX_NEW_TOKENS is 256: give less than the context of 256"
+    ):
         train_rlhf.load_tokenizer(settings.model_name, settings)
 
 
@@ -141,9 +165,13 @@ def test_before_the_first_update_policy_and_base_model_are_one(build, settings):
     built.trainer.token_scores = [torch.ones(len(response)) for response in responses]
     inputs = built.trainer.prepare_model_inputs(queries, responses)
     with torch.no_grad():
-        logprobs, _, values, _ = built.trainer.batched_forward_pass(built.policy, queries, responses, inputs)
+        logprobs, _, values, _ = built.trainer.batched_forward_pass(
+            built.policy, queries, responses, inputs
+        )
         with built.trainer.optional_peft_ctx():
-            ref_logprobs, *_ = built.trainer.batched_forward_pass(built.policy, queries, responses, inputs)
+            ref_logprobs, *_ = built.trainer.batched_forward_pass(
+                built.policy, queries, responses, inputs
+            )
     torch.testing.assert_close(logprobs, ref_logprobs, atol=1e-6, rtol=0)
     assert not values.any()
     kl, _ = train_rlhf.compare_with_base(built.trainer, queries, responses)
@@ -166,15 +194,21 @@ def test_padding_changes_no_log_probability_and_no_value(build, step, make_setti
     torch.manual_seed(0)
     step(built)  # so that neither adapter nor value head is zero
     queries = ask(built.tokenizer, "Life", "I'm feeling as if I could do it all", "My")
-    responses = ask(built.tokenizer, "is good", "and so", "day was long and I am so very tired of it all")
+    responses = ask(
+        built.tokenizer, "is good", "and so", "day was long and I am so very tired of it all"
+    )
 
     def forward(rows):
         batch = [queries[i] for i in rows], [responses[i] for i in rows]
         built.trainer.token_scores = [torch.ones(len(response)) for response in batch[1]]
         inputs = built.trainer.prepare_model_inputs(*batch)
         with torch.no_grad():
-            logprobs, _, values, masks = built.trainer.batched_forward_pass(built.policy, *batch, inputs)
-        return [(logprobs[i][masks[i].bool()], values[i][masks[i].bool()]) for i in range(len(rows))]
+            logprobs, _, values, masks = built.trainer.batched_forward_pass(
+                built.policy, *batch, inputs
+            )
+        return [
+            (logprobs[i][masks[i].bool()], values[i][masks[i].bool()]) for i in range(len(rows))
+        ]
 
     for row, (logprobs, values) in enumerate(forward([0, 1, 2])):
         assert len(logprobs) == len(responses[row])
@@ -197,7 +231,13 @@ def test_padding_changes_no_loss(build, step, make_settings, model_name):
         stats.append(result)
         width = built.trainer.prepare_model_inputs(queries, responses)["input_ids"].shape[1]
         assert (width == 32) == (multiple == 32)
-    names = ["objective/kl", "ppo/loss/policy", "ppo/loss/value", "ppo/policy/approxkl", "ppo/mean_non_score_reward"]
+    names = [
+        "objective/kl",
+        "ppo/loss/policy",
+        "ppo/loss/value",
+        "ppo/policy/approxkl",
+        "ppo/mean_non_score_reward",
+    ]
     assert stats[0]["objective/kl"] > 0
     for name in names:
         assert stats[1][name] == pytest.approx(stats[0][name], rel=1e-3, abs=1e-6), name
@@ -205,7 +245,9 @@ def test_padding_changes_no_loss(build, step, make_settings, model_name):
 
 # --------------------------------------------------------------------------------------------------------- update
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_steps_change_adapter_and_value_head_and_not_a_bit_of_the_base_model(build, step, make_settings, dtype):
+def test_steps_change_adapter_and_value_head_and_not_a_bit_of_the_base_model(
+    build, step, make_settings, dtype
+):
     built = build(make_settings("--dtype", dtype))
     frozen = frozen_parameters(built.policy)
     trained = {name: value.clone() for name, value in trained_parameters(built.policy).items()}
@@ -250,31 +292,48 @@ def test_a_saved_policy_says_the_same_in_plain_transformers(
     assert not list((tmp_path / "saved").glob("adapter*"))
 
 
-def test_the_saved_model_samples_at_the_temperature_it_was_trained_for(build, make_settings, tmp_path):
+def test_the_saved_model_samples_at_the_temperature_it_was_trained_for(
+    build, make_settings, tmp_path
+):
     settings = make_settings("--temperature", "0.7", "--max-new-tokens", "9")
     built = build(settings)
     train_rlhf.save_model(built.policy, built.tokenizer, settings, tmp_path / "saved")
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").generation_config
-    assert (config.do_sample, config.temperature, config.top_k, config.max_new_tokens) == (True, 0.7, 0, 9)
+    assert (config.do_sample, config.temperature, config.top_k, config.max_new_tokens) == (
+        True,
+        0.7,
+        0,
+        9,
+    )
 
 
 @pytest.mark.parametrize(
     ("bits", "width"),
-    [("8bit", 344), ("4bit", 384), ("4bit", 344)],  # some processors want multiples of 64 for 4 bits
+    [
+        ("8bit", 344),
+        ("4bit", 384),
+        ("4bit", 344),
+    ],  # some processors want multiples of 64 for 4 bits
 )
 def test_a_quantized_model_learns_and_is_saved_whole(
     build, step, make_settings, demo_model, save_random_model, tmp_path, bits, width
 ):
     config = LlamaConfig.from_pretrained(demo_model, intermediate_size=width, initializer_range=0.1)
-    folder = save_random_model(config, AutoTokenizer.from_pretrained(demo_model), tmp_path / "random")
-    settings = make_settings("--model-name", str(folder), "--quantization", bits, "--learning-rate", "0.003")
+    folder = save_random_model(
+        config, AutoTokenizer.from_pretrained(demo_model), tmp_path / "random"
+    )
+    settings = make_settings(
+        "--model-name", str(folder), "--quantization", bits, "--learning-rate", "0.003"
+    )
     built = build(settings)
     torch.manual_seed(0)
     for _ in range(2):
         step(built)
     inputs = built.tokenizer("I feel so", return_tensors="pt")
     with torch.no_grad():
-        before = torch.softmax(built.policy.pretrained_model(**inputs).logits[0, -1].float(), dim=-1)
+        before = torch.softmax(
+            built.policy.pretrained_model(**inputs).logits[0, -1].float(), dim=-1
+        )
     train_rlhf.save_model(built.policy, built.tokenizer, settings, tmp_path / "saved")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert not getattr(model.config, "quantization_config", None)

@@ -48,7 +48,10 @@ def distributions(policy, query, response, base, scores=None):
         output = policy.pretrained_model(ids, output_hidden_states=True)
         at_start, for_earned = policy.v_head(output.hidden_states[-1])[0].unbind(-1)
     where = slice(len(query) - 1, -1)
-    logprobs, values = torch.log_softmax(output.logits[0, where].double(), -1).numpy(), at_start[where].double().numpy()
+    logprobs, values = (
+        torch.log_softmax(output.logits[0, where].double(), -1).numpy(),
+        at_start[where].double().numpy(),
+    )
     if scores is not None:  # before a token, only those before it have earned anything
         earned = np.array([sum(scores.tolist()[:position]) for position in range(len(scores))])
         values = values + for_earned[where].double().numpy() * earned
@@ -67,7 +70,8 @@ def test_rewards_advantages_and_returns_of_a_step(parts, monkeypatch):
         deltas = rewards + settings.gamma * next_values - values
         weight = settings.gamma * settings.lam
         advantages = [
-            sum(weight ** (later - t) * deltas[later] for later in range(t, len(deltas))) for t in range(len(deltas))
+            sum(weight ** (later - t) * deltas[later] for later in range(t, len(deltas)))
+            for t in range(len(deltas))
         ]
         expected.append((rewards, np.array(advantages), np.array(advantages) + values, kl))
     calls = {name: [] for name in ("compute_rewards", "compute_advantages")}
@@ -75,20 +79,34 @@ def test_rewards_advantages_and_returns_of_a_step(parts, monkeypatch):
         spy(monkeypatch, trainer, name, made)
     stats = trainer.step(queries, responses, token_scores)
 
-    (_, (rewards, _, _)), (args, (_, advantages, returns)) = calls["compute_rewards"][0], calls["compute_advantages"][0]
+    (_, (rewards, _, _)), (args, (_, advantages, returns)) = (
+        calls["compute_rewards"][0],
+        calls["compute_advantages"][0],
+    )
     mask = args[2].bool()
     for row, (wanted_rewards, wanted_advantages, wanted_returns, _) in enumerate(expected):
         assert rewards[row][mask[row]].numpy() == pytest.approx(wanted_rewards, abs=1e-4)
         assert advantages[row][mask[row]].numpy() == pytest.approx(wanted_advantages, abs=1e-4)
         assert returns[row][mask[row]].numpy() == pytest.approx(wanted_returns, abs=1e-4)
         assert (advantages[row][~mask[row]] == 0).all()
-    assert stats["objective/kl"] == pytest.approx(np.mean([kl.sum() for *_, kl in expected]), abs=1e-4)
+    assert stats["objective/kl"] == pytest.approx(
+        np.mean([kl.sum() for *_, kl in expected]), abs=1e-4
+    )
     assert stats["objective/kl"] > 0.01  # the policy was moved, so there is something to see
 
 
 def test_loss_by_hand(build, make_settings):
     """Two positions of one response and three words: every number below fits on a sheet of paper."""
-    flags = ["--kl-coef", "0.5", "--clip-range", "0.2", "--value-clip-range", "0.1", "--vf-coef", "2"]
+    flags = [
+        "--kl-coef",
+        "0.5",
+        "--clip-range",
+        "0.2",
+        "--value-clip-range",
+        "0.1",
+        "--vf-coef",
+        "2",
+    ]
     trainer = build(make_settings(*flags)).trainer
     p, p_old, p_ref = [0.5, 0.3, 0.2], [0.4, 0.4, 0.2], [0.25, 0.25, 0.5]
     trainer.old_logprobs = torch.tensor([[p_old, p_old]]).log()
@@ -125,7 +143,9 @@ def test_loss_is_trls_own_where_the_kl_costs_nothing(parts, monkeypatch):
     trainer.step(queries, responses, token_scores)
     args, (policy_loss, value_loss, _) = calls[-1]
     trl_policy_loss, trl_value_loss, _ = super(train_rlhf.ExactKLTrainer, trainer).loss(*args)
-    assert policy_loss.item() == trl_policy_loss.item() and value_loss.item() == trl_value_loss.item()
+    assert (
+        policy_loss.item() == trl_policy_loss.item() and value_loss.item() == trl_value_loss.item()
+    )
 
 
 def test_before_the_first_update_the_ratio_is_1_and_the_kl_0(build, make_settings):
@@ -150,12 +170,18 @@ def test_shuffled_minibatches_find_their_own_base_model(parts, monkeypatch):
     spy(monkeypatch, trainer, "loss", calls)
     stats = trainer.step(queries, responses, token_scores)
     assert len(calls) == 4
-    for _, (_, _, loss_stats) in calls:  # at rate 0 nothing moves, unless a row is compared with another one
+    for _, (
+        _,
+        _,
+        loss_stats,
+    ) in calls:  # at rate 0 nothing moves, unless a row is compared with another one
         assert loss_stats["policy/approxkl"].item() == pytest.approx(0, abs=1e-5)
     added = []
     for args, (policy_loss, _, _) in calls:
         trl_policy_loss, _, _ = super(train_rlhf.ExactKLTrainer, trainer).loss(*args)
-        added.append((policy_loss - trl_policy_loss).item() / trainer.kl_ctl.value * args[5].sum().item())
+        added.append(
+            (policy_loss - trl_policy_loss).item() / trainer.kl_ctl.value * args[5].sum().item()
+        )
     assert sum(added) / 4 == pytest.approx(stats["objective/kl"], rel=1e-3)
 
 
@@ -163,7 +189,9 @@ def test_the_loss_alone_pulls_a_drifted_policy_back(parts, monkeypatch):
     *_, trainer, queries, responses, token_scores = parts
     for group in trainer.optimizer.param_groups:
         group["lr"] = 1e-3
-    monkeypatch.setattr(trainer, "compute_advantages", lambda values, *_: (values, 0 * values, values))
+    monkeypatch.setattr(
+        trainer, "compute_advantages", lambda values, *_: (values, 0 * values, values)
+    )
     kls = [trainer.step(queries, responses, token_scores)["objective/kl"] for _ in range(8)]
     assert kls[-1] < 0.3 * kls[0]
 
@@ -175,7 +203,11 @@ def test_every_gradient_is_clipped(parts, monkeypatch):
     zero_grad = trainer.optimizer.zero_grad
 
     def spied():
-        norms.append(math.sqrt(sum(p.grad.square().sum().item() for p in policy.parameters() if p.grad is not None)))
+        norms.append(
+            math.sqrt(
+                sum(p.grad.square().sum().item() for p in policy.parameters() if p.grad is not None)
+            )
+        )
         zero_grad()
 
     monkeypatch.setattr(trainer.optimizer, "zero_grad", spied)
@@ -196,12 +228,20 @@ def test_score_tokens_finds_the_word_that_made_the_difference():
         return torch.tensor([ord(letter) for letter in text])
 
     reward = train_rlhf.positive_word_reward
-    scores = train_rlhf.score_tokens(reward, Letters(), "I am", encode("I am"), encode(" glad ly"), 1.0)
+    scores = train_rlhf.score_tokens(
+        reward, Letters(), "I am", encode("I am"), encode(" glad ly"), 1.0
+    )
     assert scores.tolist() == [0, 0, 0, 0, 2, 0, 0, 0]
-    taken_back = train_rlhf.score_tokens(reward, Letters(), "I am", encode("I am"), encode(" gladly"), -1.0)
+    taken_back = train_rlhf.score_tokens(
+        reward, Letters(), "I am", encode("I am"), encode(" gladly"), -1.0
+    )
     assert taken_back.tolist() == [0, 0, 0, 0, 2, -2, 0]
 
 
-@pytest.mark.parametrize(("approx_kl", "factor"), [(0.01, 1), (0.0, 1.5), (1.0, 1 / 1.5), (0.01 / 1.44, 1.2)])
+@pytest.mark.parametrize(
+    ("approx_kl", "factor"), [(0.01, 1), (0.0, 1.5), (1.0, 1 / 1.5), (0.01 / 1.44, 1.2)]
+)
 def test_learning_rate_follows_the_root_of_the_kl(approx_kl, factor):
-    assert train_rlhf.adapt_learning_rate(1e-4, approx_kl, target=0.01) == pytest.approx(1e-4 * factor)
+    assert train_rlhf.adapt_learning_rate(1e-4, approx_kl, target=0.01) == pytest.approx(
+        1e-4 * factor
+    )

@@ -13,7 +13,13 @@ class Terminal(io.StringIO):
 
 
 def record(step, rate=0.5):
-    return {"step": step, "success_rate": rate, "score": 2 * rate - 1, "kl": 0.25 * step, "skipped_updates": 0}
+    return {
+        "step": step,
+        "success_rate": rate,
+        "score": 2 * rate - 1,
+        "kl": 0.25 * step,
+        "skipped_updates": 0,
+    }
 
 
 @pytest.fixture
@@ -73,7 +79,10 @@ def test_skipped_updates_are_told_at_once_and_once(log, capsys, screen):
     for step, skipped in ((1, 0), (2, 0), (3, 4)):
         metrics.append(record(step) | {"skipped_updates": skipped})
         progress.write(metrics)
-    assert capsys.readouterr().out.splitlines()[-1] == "step 3: updates skipped, since their numbers were not finite: 4"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == "step 3: updates skipped, since their numbers were not finite: 4"
+    )
     metrics.append(record(4))
     progress.write(metrics)
     progress.close()

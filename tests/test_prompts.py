@@ -30,13 +30,23 @@ def test_a_text_file_has_a_prompt_a_line(write):
 
 
 def test_a_jsonl_file_has_a_prompt_an_object(write):
-    lines = [json.dumps({"prompt": text, "source": 1}) for text in ("I feel so", 'Say "so"\nLife is')]
-    assert read_prompts(write("p.jsonl", "\n".join([*lines, ""]))) == ["I feel so", 'Say "so"\nLife is']
+    lines = [
+        json.dumps({"prompt": text, "source": 1}) for text in ("I feel so", 'Say "so"\nLife is')
+    ]
+    assert read_prompts(write("p.jsonl", "\n".join([*lines, ""]))) == [
+        "I feel so",
+        'Say "so"\nLife is',
+    ]
 
 
 def test_files_and_texts_mix_in_the_order_of_the_setting(write, make_settings):
     path = write("p.txt", "One\nTwo\n")
-    assert make_settings("--prompts", "Zero", path, "Three").prompts == ["Zero", "One", "Two", "Three"]
+    assert make_settings("--prompts", "Zero", path, "Three").prompts == [
+        "Zero",
+        "One",
+        "Two",
+        "Three",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +61,9 @@ def test_files_and_texts_mix_in_the_order_of_the_setting(write, make_settings):
         ("p.jsonl", '{"prompt": 3}', '{path}, line 1, is {{"prompt": 3}}: give {{"prompt": "I feel so"}}'),
     ],
 )  # fmt: skip
-def test_a_bad_file_is_an_error_that_names_it_and_the_line(write, monkeypatch, tmp_path, name, content, problem):
+def test_a_bad_file_is_an_error_that_names_it_and_the_line(
+    write, monkeypatch, tmp_path, name, content, problem
+):
     write(name, content)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(train_rlhf.SettingsError) as error:
@@ -61,17 +73,22 @@ def test_a_bad_file_is_an_error_that_names_it_and_the_line(write, monkeypatch, t
 
 def test_a_missing_file_is_an_error():
     with pytest.raises(
-        train_rlhf.SettingsError, match=r"PROMPTS: none\.txt can't be read \(No such file or directory\)"
+        train_rlhf.SettingsError,
+        match=r"PROMPTS: none\.txt can't be read \(No such file or directory\)",
     ):
         train_rlhf.read_settings(["--prompts", "none.txt"])
 
 
-def test_of_many_prompts_no_more_are_measured_than_samples_are_asked_for(build, make_settings, write):
+def test_of_many_prompts_no_more_are_measured_than_samples_are_asked_for(
+    build, make_settings, write
+):
     path = write("p.txt", "\n".join(f"Number {i} is" for i in range(50)))
     built = build(make_settings("--prompts", path))
     reward = train_rlhf.load_reward(built.settings)
     measured = train_rlhf.measure(
         built.trainer, built.tokenizer, built.settings.prompts, reward, built.settings, base=True
     )
-    assert list(measured["success_by_prompt"]) == [f"Number {i} is" for i in range(0, 50, 5)]  # of 12 samples
+    assert list(measured["success_by_prompt"]) == [
+        f"Number {i} is" for i in range(0, 50, 5)
+    ]  # of 12 samples
     assert measured["samples"] == 20

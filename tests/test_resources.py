@@ -16,7 +16,18 @@ from transformers import AutoModelForCausalLM
 import train_rlhf
 
 FLAGS = [
-    *("--device", "cpu", "--batch-size", "6", "--training-epochs", "4", "--max-new-tokens", "4", "--ppo-epochs", "2"),
+    *(
+        "--device",
+        "cpu",
+        "--batch-size",
+        "6",
+        "--training-epochs",
+        "4",
+        "--max-new-tokens",
+        "4",
+        "--ppo-epochs",
+        "2",
+    ),
     *("--eval-samples", "6", "--save-every", "1"),
 ]
 CPU_ERROR = (
@@ -26,7 +37,11 @@ CPU_ERROR = (
 
 
 def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.is_file()
+    }
 
 
 def read_metrics(folder):
@@ -49,10 +64,17 @@ def disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = shutil.which("mount")
-    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], stderr=-3).returncode:
+    if (
+        not mount
+        or subprocess.run(
+            [mount, "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], stderr=-3
+        ).returncode
+    ):
         pytest.skip("no tmpfs can be mounted here: that takes root")
     yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)  # tensors may still lie in its checkpoint
+    subprocess.run(
+        ["umount", "--lazy", folder], check=True
+    )  # tensors may still lie in its checkpoint
 
 
 @contextmanager
@@ -90,7 +112,12 @@ def undisturbed(demo_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_rlhf, "StopSignal", lambda: train_rlhf.SimpleNamespace(signal=None))
-        assert train_rlhf.main(["--model-name", str(demo_model), "--output-dir", str(folder / "out"), *FLAGS]) == 0
+        assert (
+            train_rlhf.main(
+                ["--model-name", str(demo_model), "--output-dir", str(folder / "out"), *FLAGS]
+            )
+            == 0
+        )
     return read_metrics(folder / "out")
 
 
@@ -115,14 +142,21 @@ def test_a_disk_that_is_full_while_training_leaves_the_last_checkpoint_and_the_r
 ):
     folder = request.getfixturevalue("disk") if kind == "disk" else tmp_path
     flags = ["--model-name", demo_model, "--output-dir", folder / "out", *FLAGS]
-    trouble = filled_up(folder, 500_000) if kind == "disk" else largest_file(1_000_000 if kind == "checkpoint" else 10)
+    trouble = (
+        filled_up(folder, 500_000)
+        if kind == "disk"
+        else largest_file(1_000_000 if kind == "checkpoint" else 10)
+    )
     fail("take_step", trouble, call=3)
     assert call_main(*flags) == 1
     trouble.__exit__(None, None, None)
     reason = stopped(capsys, folder / "out", steps=2)
     assert reason.startswith(f"OUTPUT_DIR is {folder / 'out'}: it can't be written (")
     assert ("No space left on device" if kind == "disk" else "File too large") in reason
-    assert {path.name for path in (folder / "out" / "checkpoint").iterdir()} == {"lock", "state.safetensors"}
+    assert {path.name for path in (folder / "out" / "checkpoint").iterdir()} == {
+        "lock",
+        "state.safetensors",
+    }
     assert not (folder / "out" / "model.safetensors").exists()
 
     assert call_main(*flags, "--resume") == 0
@@ -147,7 +181,9 @@ def test_a_disk_that_is_full_in_the_end_leaves_an_earlier_model_as_it_was(
     folder, flags = tmp_path / "trained_model", ["--model-name", demo_model, *FLAGS]
     assert call_main(*flags) == 0
     before = digests(folder)
-    trouble = largest_file({"save_model": 3_000_000, "write_report": 2_000, "draw": 20_000}[function])
+    trouble = largest_file(
+        {"save_model": 3_000_000, "write_report": 2_000, "draw": 20_000}[function]
+    )
     fail(function, trouble)
     assert call_main(*flags, "--training-epochs", "5", "--resume") == 1
     trouble.__exit__(None, None, None)
@@ -158,12 +194,20 @@ def test_a_disk_that_is_full_in_the_end_leaves_an_earlier_model_as_it_was(
 
     assert call_main(*flags, "--training-epochs", "5", "--resume") == 0
     again = digests(folder)
-    assert again["model.safetensors"] != before["model.safetensors"] and again["report.json"] != before["report.json"]
-    assert {path.name for path in (folder / "checkpoint").iterdir()} == {"lock", "state.safetensors"}
+    assert (
+        again["model.safetensors"] != before["model.safetensors"]
+        and again["report.json"] != before["report.json"]
+    )
+    assert {path.name for path in (folder / "checkpoint").iterdir()} == {
+        "lock",
+        "state.safetensors",
+    }
     AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_disk_that_is_full_in_the_end_gets_back_what_was_written(call_main, fail, demo_model, tmp_path):
+def test_a_disk_that_is_full_in_the_end_gets_back_what_was_written(
+    call_main, fail, demo_model, tmp_path
+):
     trouble = largest_file(2_000)
     fail("write_report", trouble)
     assert call_main("--model-name", demo_model, *FLAGS) == 1
@@ -177,7 +221,9 @@ ERRORS = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(CPU_ERROR)
 REMEDY = "set MINI_BATCH_SIZE to 3, then EVAL_BATCH_SIZE to 20, then QUANTIZATION to 4bit, then BATCH_SIZE to 3"
 
 
-@pytest.mark.parametrize(("function", "call", "steps"), [("take_step", 1, 0), ("take_step", 3, 2), ("measure", 1, 4)])
+@pytest.mark.parametrize(
+    ("function", "call", "steps"), [("take_step", 1, 0), ("take_step", 3, 2), ("measure", 1, 4)]
+)
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_too_little_memory_names_settings_and_values(
     call_main, fail, demo_model, tmp_path, capsys, error, function, call, steps
@@ -209,9 +255,10 @@ def test_a_run_that_lacked_memory_goes_on_with_smaller_batches(call_main, fail, 
     capsys.readouterr()
     assert call_main(*flags, "--mini-batch-size", "3", "--eval-batch-size", "20", "--resume") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {"MINI_BATCH_SIZE is 3 from now on, 0 until now", "EVAL_BATCH_SIZE is 20 from now on, 40 until now"} <= {
-        *lines
-    }
+    assert {
+        "MINI_BATCH_SIZE is 3 from now on, 0 until now",
+        "EVAL_BATCH_SIZE is 20 from now on, 40 until now",
+    } <= {*lines}
 
 
 @pytest.mark.parametrize(
@@ -220,8 +267,14 @@ def test_a_run_that_lacked_memory_goes_on_with_smaller_batches(call_main, fail, 
         ("--batch-size 10", ["5", "20", "4bit", "5", "8"]),
         ("--batch-size 7 --quantization 8bit", ["1", "20", "4bit", "3", "8"]),
         ("--batch-size 12 --mini-batch-size 4 --quantization 4bit", ["3", "20", "", "6", "8"]),
-        ("--batch-size 12 --mini-batch-size 1 --eval-batch-size 1 --lora-rank 1", ["", "", "4bit", "6", ""]),
-        ("--batch-size 1 --eval-batch-size 3 --quantization 4bit --lora-rank 3", ["", "1", "", "", "1"]),
+        (
+            "--batch-size 12 --mini-batch-size 1 --eval-batch-size 1 --lora-rank 1",
+            ["", "", "4bit", "6", ""],
+        ),
+        (
+            "--batch-size 1 --eval-batch-size 3 --quantization 4bit --lora-rank 3",
+            ["", "1", "", "", "1"],
+        ),
     ],
 )
 def test_the_remedy_for_too_little_memory(make_settings, flags, remedies):
@@ -232,15 +285,24 @@ def test_the_remedy_for_too_little_memory(make_settings, flags, remedies):
 
 def test_where_nothing_can_be_lowered_any_more_a_smaller_model_is_the_remedy(make_settings):
     flags = "--batch-size 1 --eval-batch-size 1 --quantization 4bit --lora-rank 1"
-    assert train_rlhf.memory_remedy(make_settings(*flags.split())) == "set MODEL_NAME to a smaller model"
+    assert (
+        train_rlhf.memory_remedy(make_settings(*flags.split()))
+        == "set MODEL_NAME to a smaller model"
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 9, 10, 12])
 def test_the_first_remedies_lead_to_an_end_and_are_settings_that_work(make_settings, batch_size):
     values = {"BATCH_SIZE": str(batch_size)}
     for _ in range(40):
-        flags = [text for name, value in values.items() for text in ("--" + name.lower().replace("_", "-"), value)]
-        first = train_rlhf.memory_remedy(make_settings(*flags)).removeprefix("set ").split(", then ")[0]
+        flags = [
+            text
+            for name, value in values.items()
+            for text in ("--" + name.lower().replace("_", "-"), value)
+        ]
+        first = (
+            train_rlhf.memory_remedy(make_settings(*flags)).removeprefix("set ").split(", then ")[0]
+        )
         name, value = first.split(" to ")
         if name == "MODEL_NAME":
             return
@@ -275,7 +337,9 @@ def outputs(script, demo_model, tmp_path_factory):
             out, err = process.communicate(timeout=120)
         finally:
             process.kill()
-        results[name] = train_rlhf.SimpleNamespace(status=process.returncode, out=out, err=err, folder=folder / name)
+        results[name] = train_rlhf.SimpleNamespace(
+            status=process.returncode, out=out, err=err, folder=folder / name
+        )
     return results
 
 
@@ -289,7 +353,10 @@ def test_an_output_that_nobody_reads_any_more_ends_the_run(outputs):
     run = outputs["head"]
     assert run.status == 1
     assert run.out.startswith("Model ") and run.out.count("\n") == 1
-    assert run.err.startswith("\nStopped: the output can't be written (Broken pipe): ") and run.err.count("\n") == 2
+    assert (
+        run.err.startswith("\nStopped: the output can't be written (Broken pipe): ")
+        and run.err.count("\n") == 2
+    )
 
 
 def test_without_an_output_the_run_goes_on_to_its_end(outputs):

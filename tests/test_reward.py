@@ -133,11 +133,15 @@ def test_a_reward_that_is_no_finite_number_stops_the_run_and_shows_the_text(valu
 
 def test_a_reward_that_gives_several_numbers_stops_the_run():
     for value in (torch.tensor([1.0, 2.0]), numpy.array([1.0, 2.0])):
-        with pytest.raises(train_rlhf.RunError, match="it has to return one finite number for one text"):
+        with pytest.raises(
+            train_rlhf.RunError, match="it has to return one finite number for one text"
+        ):
             score_response(lambda text, value=value: value, "Life is", " what it is")
 
 
-@pytest.mark.parametrize("error", [ValueError("no idea"), SystemExit(3), RecursionError(), AssertionError("a\nb")])
+@pytest.mark.parametrize(
+    "error", [ValueError("no idea"), SystemExit(3), RecursionError(), AssertionError("a\nb")]
+)
 def test_a_reward_that_raises_stops_the_run_and_shows_the_text(error):
     def kindness(text):
         raise error
@@ -161,7 +165,9 @@ class Unnamed:
         return None
 
 
-@pytest.mark.parametrize("reward", [Unnamed(), functools.partial(lambda text: None)], ids=["object", "partial"])
+@pytest.mark.parametrize(
+    "reward", [Unnamed(), functools.partial(lambda text: None)], ids=["object", "partial"]
+)
 def test_a_reward_without_a_name_is_told_too(reward):
     with pytest.raises(train_rlhf.RunError, match="gave None for ' what it is'"):
         score_response(reward, "Life is", " what it is")
@@ -174,7 +180,9 @@ def test_the_default_reward_takes_the_words_of_the_settings(make_settings):
 
 
 def test_a_function_of_a_file_is_the_reward(make_settings, tmp_path):
-    (tmp_path / "my_reward.py").write_text("def brevity(text):\n    return -len(text)\n", encoding="utf-8")
+    (tmp_path / "my_reward.py").write_text(
+        "def brevity(text):\n    return -len(text)\n", encoding="utf-8"
+    )
     reward = train_rlhf.load_reward(make_settings("--reward", f"{tmp_path}/my_reward.py:brevity"))
     assert reward("four") == -4
 

@@ -71,8 +71,12 @@ def test_a_response_ends_with_its_first_end_token(build, make_settings):
 
 
 def test_each_of_several_end_tokens_ends_a_response(build, make_settings, shared_model):
-    built = build(make_settings("--model-name", str(shared_model("stories260K")), "--max-new-tokens", "12"))
-    sequences = iter([[5, 6, 1, 0, 0], [5, 2, 0, 0, 0], [5, 6, 7, 8, 9], [1, 0, 0, 0, 0], [5, 1, 7, 2, 8]])
+    built = build(
+        make_settings("--model-name", str(shared_model("stories260K")), "--max-new-tokens", "12")
+    )
+    sequences = iter(
+        [[5, 6, 1, 0, 0], [5, 2, 0, 0, 0], [5, 6, 7, 8, 9], [1, 0, 0, 0, 0], [5, 1, 7, 2, 8]]
+    )
     queries = ask(built.tokenizer, *["Once upon a time"] * 5)
     built.policy.pretrained_model.generate = lambda input_ids, **others: torch.cat(
         [input_ids, torch.tensor([*sequences])], dim=1
@@ -89,20 +93,33 @@ def test_each_of_several_end_tokens_ends_a_response(build, make_settings, shared
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
-def test_tokens_are_sampled_as_the_model_gives_them(build, make_settings, copy_of_demo_model, next_logits, temperature):
+def test_tokens_are_sampled_as_the_model_gives_them(
+    build, make_settings, copy_of_demo_model, next_logits, temperature
+):
     spoil_generation_config(copy_of_demo_model)
     built = build(
         make_settings(
-            *("--model-name", str(copy_of_demo_model), "--max-new-tokens", "1", "--temperature", str(temperature))
+            *(
+                "--model-name",
+                str(copy_of_demo_model),
+                "--max-new-tokens",
+                "1",
+                "--temperature",
+                str(temperature),
+            )
         )
     )
     n = 4000
     torch.manual_seed(0)
-    responses = train_rlhf.generate(built.policy, built.tokenizer, ask(built.tokenizer, "I feel so") * n)
+    responses = train_rlhf.generate(
+        built.policy, built.tokenizer, ask(built.tokenizer, "I feel so") * n
+    )
     counts = torch.bincount(torch.cat(responses), minlength=len(built.tokenizer)).double()
     expected = n * torch.softmax(next_logits("I feel so").double() / temperature, dim=-1)
 
-    order = expected.argsort(descending=True)  # the rare tokens, all in one class, are what top-k would cut
+    order = expected.argsort(
+        descending=True
+    )  # the rare tokens, all in one class, are what top-k would cut
     often = order[: int((expected >= 5).sum())]
     rare = order[len(often) :]
     observed = torch.cat([counts[often], counts[rare].sum()[None]])
@@ -111,14 +128,18 @@ def test_tokens_are_sampled_as_the_model_gives_them(build, make_settings, copy_o
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
 
 
-def test_a_model_with_its_own_way_of_sampling_is_sampled_like_any_other(build, make_settings, copy_of_demo_model):
+def test_a_model_with_its_own_way_of_sampling_is_sampled_like_any_other(
+    build, make_settings, copy_of_demo_model
+):
     texts = []
     for odd in (False, True):
         if odd:
             spoil_generation_config(copy_of_demo_model)
         built = build(make_settings("--model-name", str(copy_of_demo_model)))
         torch.manual_seed(0)
-        texts.append(train_rlhf.rollout(built.policy, built.tokenizer, ["Life is"] * 20, lambda text: 0.0)[2])
+        texts.append(
+            train_rlhf.rollout(built.policy, built.tokenizer, ["Life is"] * 20, lambda text: 0.0)[2]
+        )
     assert texts[0] == texts[1]
 
 
@@ -133,12 +154,16 @@ def test_rollout_and_loss_speak_of_one_distribution(build, make_settings, demo_m
     built.trainer.token_scores = [torch.zeros(len(response)) for response in responses]
     inputs = built.trainer.prepare_model_inputs(queries, responses)
     with torch.no_grad():
-        logprobs, _, _, masks = built.trainer.batched_forward_pass(built.trainer.model, queries, responses, inputs)
+        logprobs, _, _, masks = built.trainer.batched_forward_pass(
+            built.trainer.model, queries, responses, inputs
+        )
     plain = AutoModelForCausalLM.from_pretrained(demo_model).float()
     for query, response, row, mask in zip(queries, responses, logprobs, masks):
         with torch.no_grad():
             logits = plain(torch.cat([query, response])[None]).logits[0, len(query) - 1 : -1]
-        wanted = torch.log_softmax(logits / temperature, dim=-1).gather(1, response[:, None]).flatten()
+        wanted = (
+            torch.log_softmax(logits / temperature, dim=-1).gather(1, response[:, None]).flatten()
+        )
         torch.testing.assert_close(row[mask.bool()], wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -162,9 +187,15 @@ def test_the_text_of_a_response_keeps_the_space_of_a_sentencepiece_tokenizer(sha
 def test_rollout_scores_the_texts_of_its_responses(build, settings):
     built = build(settings)
     torch.manual_seed(0)
-    queries, responses, texts, scores = train_rlhf.rollout(built.policy, built.tokenizer, settings.prompts, len)
-    assert [query.tolist() for query in queries] == [built.tokenizer(p)["input_ids"] for p in settings.prompts]
-    for prompt, query, response, text, score in zip(settings.prompts, queries, responses, texts, scores):
+    queries, responses, texts, scores = train_rlhf.rollout(
+        built.policy, built.tokenizer, settings.prompts, len
+    )
+    assert [query.tolist() for query in queries] == [
+        built.tokenizer(p)["input_ids"] for p in settings.prompts
+    ]
+    for prompt, query, response, text, score in zip(
+        settings.prompts, queries, responses, texts, scores
+    ):
         assert text == train_rlhf.response_text(built.tokenizer, query, response)
         assert score == train_rlhf.score_response(len, prompt, text)
 
@@ -172,7 +203,12 @@ def test_rollout_scores_the_texts_of_its_responses(build, settings):
 def test_padding_does_not_change_what_a_prompt_is_continued_with(build, make_settings):
     built = build(make_settings("--max-new-tokens", "12"))
     built.policy.pretrained_model.generation_config.do_sample = False
-    queries = ask(built.tokenizer, "Life", "Life is what I always wanted it to be, and today I am", "I'm feeling")
+    queries = ask(
+        built.tokenizer,
+        "Life",
+        "Life is what I always wanted it to be, and today I am",
+        "I'm feeling",
+    )
     together = train_rlhf.generate(built.policy, built.tokenizer, queries)
     for query, response in zip(queries, together):
         (alone,) = train_rlhf.generate(built.policy, built.tokenizer, [query])

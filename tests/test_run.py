@@ -19,15 +19,44 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import train_rlhf
 
 LEARNING = ["--training-epochs", "50", "--eval-samples", "60"]
-SHORT = ["--training-epochs", "2", "--batch-size", "5", "--eval-samples", "6"]  # 12 samples asked for, 15 taken
+SHORT = [
+    "--training-epochs",
+    "2",
+    "--batch-size",
+    "5",
+    "--eval-samples",
+    "6",
+]  # 12 samples asked for, 15 taken
 METRICS = {
-    *("step", "samples", "epoch", "success_rate", "score", "reward", "kl", "kl_coef", "learning_rate"),
-    *("policy_loss", "value_loss", "approx_kl", "clip_fraction", "entropy", "distinct", "skipped_updates", "seconds"),
+    *(
+        "step",
+        "samples",
+        "epoch",
+        "success_rate",
+        "score",
+        "reward",
+        "kl",
+        "kl_coef",
+        "learning_rate",
+    ),
+    *(
+        "policy_loss",
+        "value_loss",
+        "approx_kl",
+        "clip_fraction",
+        "entropy",
+        "distinct",
+        "skipped_updates",
+        "seconds",
+    ),
 }
 
 
 def read_metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def read_report(folder):
@@ -35,7 +64,9 @@ def read_report(folder):
 
 
 def without_seconds(metrics):
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in metrics]
+    return [
+        {name: value for name, value in record.items() if name != "seconds"} for record in metrics
+    ]
 
 
 def digest(path):
@@ -50,7 +81,11 @@ def learned(run_script, demo_model, tmp_path_factory):
     assert result.status == 0, result.stderr
     folder = cwd / "trained_model"
     return SimpleNamespace(
-        **vars(result), cwd=cwd, folder=folder, metrics=read_metrics(folder), report=read_report(folder)
+        **vars(result),
+        cwd=cwd,
+        folder=folder,
+        metrics=read_metrics(folder),
+        report=read_report(folder),
     )
 
 
@@ -64,7 +99,9 @@ def test_the_run_raises_the_success_rate(learned):
     assert "did not learn" not in learned.stdout
 
 
-def test_the_saved_model_does_in_plain_transformers_what_the_report_says(learned, monkeypatch, tmp_path):
+def test_the_saved_model_does_in_plain_transformers_what_the_report_says(
+    learned, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(learned.folder)
     model = AutoModelForCausalLM.from_pretrained(learned.folder)
@@ -77,16 +114,35 @@ def test_the_saved_model_does_in_plain_transformers_what_the_report_says(learned
         scores += map(train_rlhf.positive_word_reward, texts)
     told = learned.report["trained"]["train_prompts"]["success_rate"]
     assert train_rlhf.success_rate(scores) == pytest.approx(told, abs=0.2)
-    assert train_rlhf.success_rate(scores) > learned.report["base"]["train_prompts"]["success_rate"] + 0.2
+    assert (
+        train_rlhf.success_rate(scores)
+        > learned.report["base"]["train_prompts"]["success_rate"] + 0.2
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ what it leaves
 def test_all_that_the_run_leaves_is_in_its_folder(learned):
     assert [path.name for path in learned.cwd.iterdir()] == ["trained_model"]
     names = {path.name for path in learned.folder.iterdir()}
-    model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert names >= model | {"metrics.jsonl", "report.json", "training.png", "README.md", "checkpoint"}
-    assert not [name for name in names if name.endswith((".new", ".old", ".bin", ".pt")) or "adapter" in name]
+    model = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert names >= model | {
+        "metrics.jsonl",
+        "report.json",
+        "training.png",
+        "README.md",
+        "checkpoint",
+    }
+    assert not [
+        name
+        for name in names
+        if name.endswith((".new", ".old", ".bin", ".pt")) or "adapter" in name
+    ]
 
 
 def test_the_metrics_of_each_step(learned):
@@ -99,7 +155,11 @@ def test_the_metrics_of_each_step(learned):
         assert record["epoch"] == pytest.approx(number * batch_size / len(train_rlhf.PROMPTS))
         assert record["score"] == pytest.approx(2 * record["success_rate"] - 1)
         assert record["reward"] == pytest.approx(record["score"] - record["kl_coef"] * record["kl"])
-        assert 0 <= record["success_rate"] <= 1 and 0 < record["distinct"] <= 1 and 0 <= record["clip_fraction"] <= 1
+        assert (
+            0 <= record["success_rate"] <= 1
+            and 0 < record["distinct"] <= 1
+            and 0 <= record["clip_fraction"] <= 1
+        )
         assert record["kl"] > -1e-6 and record["approx_kl"] >= 0 and record["entropy"] > 0
         assert record["learning_rate"] >= 0 and record["kl_coef"] >= 0
         assert record["skipped_updates"] == 0
@@ -120,13 +180,23 @@ def test_the_report(learned, demo_model):
     for model in ("base", "trained"):
         for prompts in ("train_prompts", "eval_prompts"):
             part = report[model][prompts]
-            assert {"success_rate", "kl", "kl_minimum", "distinct", "perplexity_under_base"} <= set(part)
+            assert {"success_rate", "kl", "kl_minimum", "distinct", "perplexity_under_base"} <= set(
+                part
+            )
             assert part["samples"] == 60
-            assert 0 <= part["success_rate"] <= 1 and 0 < part["distinct"] <= 1 and part["perplexity_under_base"] > 1
+            assert (
+                0 <= part["success_rate"] <= 1
+                and 0 < part["distinct"] <= 1
+                and part["perplexity_under_base"] > 1
+            )
             assert part["kl"] >= 0 and part["kl_minimum"] >= 0
-            assert set(part["first_sample"]) == set(report["settings"]["prompts" if "train" in prompts else prompts])
+            assert set(part["first_sample"]) == set(
+                report["settings"]["prompts" if "train" in prompts else prompts]
+            )
     assert report["base"]["train_prompts"]["kl"] == 0
-    assert report["trained"]["train_prompts"]["kl"] > report["trained"]["train_prompts"]["kl_minimum"]
+    assert (
+        report["trained"]["train_prompts"]["kl"] > report["trained"]["train_prompts"]["kl_minimum"]
+    )
     assert report["samples"] == learned.metrics[-1]["samples"]
     assert report["seconds"] == learned.metrics[-1]["seconds"]
     assert report["samples_per_second"] == pytest.approx(report["samples"] / report["seconds"])
@@ -177,9 +247,17 @@ def test_piped_output_is_calm(learned):
 def test_what_will_happen_is_told_first(learned, demo_model):
     head = learned.stdout.split("step ")[0]
     steps = len(learned.metrics)
-    for text in (str(demo_model), "CPU", "float32", f"{steps * train_rlhf.BATCH_SIZE} samples", f"{steps} steps"):
+    for text in (
+        str(demo_model),
+        "CPU",
+        "float32",
+        f"{steps * train_rlhf.BATCH_SIZE} samples",
+        f"{steps} steps",
+    ):
         assert text in head
-    trained, total = sorted(int(number.replace(",", "")) for number in re.findall(r"\d{1,3}(?:,\d{3})+", head))
+    trained, total = sorted(
+        int(number.replace(",", "")) for number in re.findall(r"\d{1,3}(?:,\d{3})+", head)
+    )
     assert 10_000 < trained < total
 
 
@@ -189,9 +267,13 @@ def test_progress_comes_in_plain_lines(learned):
     assert len(shown) == math.ceil(steps / every)
     for line in shown:
         assert re.fullmatch(
-            r"step \d+/\d+, \d+:\d\d:\d\d left, success +\d+%, score [+-]\d\.\d\d, KL -?\d+\.\d\d", line
+            r"step \d+/\d+, \d+:\d\d:\d\d left, success +\d+%, score [+-]\d\.\d\d, KL -?\d+\.\d\d",
+            line,
         )
-    rates = [record["success_rate"] for record in learned.metrics[-math.ceil(100 / train_rlhf.BATCH_SIZE) :]]
+    rates = [
+        record["success_rate"]
+        for record in learned.metrics[-math.ceil(100 / train_rlhf.BATCH_SIZE) :]
+    ]
     assert f"success {sum(rates) / len(rates):4.0%}" in shown[-1]
 
 
@@ -223,14 +305,18 @@ def disturbed(start_script, run_script, demo_model, tmp_path_factory):
     flags = ["--model-name", demo_model, *LEARNING]
     stops = []
     for steps, number in (5, signal.SIGINT), (12, signal.SIGTERM), (23, signal.SIGKILL):
-        stopped = stop(start_script(cwd, *flags, *(["--resume"] if stops else [])), folder, steps, number)
+        stopped = stop(
+            start_script(cwd, *flags, *(["--resume"] if stops else [])), folder, steps, number
+        )
         stopped.steps = len(read_metrics(folder))
         stopped.checkpoint = (folder / "checkpoint").is_dir()
         stopped.names = [path.name for path in folder.iterdir()]
         stops.append(stopped)
     result = run_script(cwd, *flags, "--resume")
     assert result.status == 0, result.stderr
-    return SimpleNamespace(**vars(result), cwd=cwd, folder=folder, metrics=read_metrics(folder), stops=stops)
+    return SimpleNamespace(
+        **vars(result), cwd=cwd, folder=folder, metrics=read_metrics(folder), stops=stops
+    )
 
 
 @pytest.mark.parametrize(("index", "status"), [(0, 130), (1, 143)], ids=["Ctrl-C", "SIGTERM"])
@@ -245,7 +331,9 @@ def test_a_stopped_run_saves_a_checkpoint_and_says_how_to_go_on(disturbed, index
 
 def test_a_resumed_run_ends_like_an_undisturbed_one(learned, disturbed):
     assert without_seconds(disturbed.metrics) == without_seconds(learned.metrics)
-    assert digest(disturbed.folder / "model.safetensors") == digest(learned.folder / "model.safetensors")
+    assert digest(disturbed.folder / "model.safetensors") == digest(
+        learned.folder / "model.safetensors"
+    )
     ours, theirs = read_report(disturbed.folder), learned.report
     assert (ours["base"], ours["trained"]) == (theirs["base"], theirs["trained"])
 
@@ -267,9 +355,13 @@ def twice(run_script, demo_model, tmp_path_factory):
     """Return two short runs in one folder: one of another seed with TensorBoard, and one that can't learn."""
     cwd = tmp_path_factory.mktemp("twice")
     folder = cwd / "trained_model"
-    first = run_script(cwd, "--model-name", demo_model, *SHORT, "--seed", "1", "--report-to", "tensorboard")
+    first = run_script(
+        cwd, "--model-name", demo_model, *SHORT, "--seed", "1", "--report-to", "tensorboard"
+    )
     assert first.status == 0, first.stderr
-    first.files = {path.relative_to(folder): digest(path) for path in folder.rglob("*") if path.is_file()}
+    first.files = {
+        path.relative_to(folder): digest(path) for path in folder.rglob("*") if path.is_file()
+    }
     first.metrics = read_metrics(folder)
     unable = ["--learning-rate", "1e-12", "--target-approx-kl", "0"]
     second = run_script(cwd, "--model-name", demo_model, *SHORT, *unable)
@@ -281,7 +373,9 @@ def twice(run_script, demo_model, tmp_path_factory):
 def test_an_earlier_run_is_moved_aside_and_not_deleted(twice):
     assert sorted(path.name for path in twice.cwd.iterdir()) == ["trained_model", "trained_model-1"]
     aside = twice.cwd / "trained_model-1"
-    assert {path.relative_to(aside): digest(path) for path in aside.rglob("*") if path.is_file()} == twice.first.files
+    assert {
+        path.relative_to(aside): digest(path) for path in aside.rglob("*") if path.is_file()
+    } == twice.first.files
     assert "was moved to trained_model-1" in twice.second.stdout
     assert "was moved" not in twice.first.stdout
 
@@ -309,11 +403,16 @@ def test_a_fixed_learning_rate_stays_as_it_is(twice):
 
 def test_tensorboard_gets_every_metric_of_every_step(twice):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(twice.cwd / "trained_model-1" / "tensorboard")).Reload()
+    events = accumulator.EventAccumulator(
+        str(twice.cwd / "trained_model-1" / "tensorboard")
+    ).Reload()
     assert set(events.Tags()["scalars"]) == METRICS
     for name in METRICS:
         values = [(event.step, event.value) for event in events.Scalars(name)]
-        assert values == [(record["step"], pytest.approx(record[name], rel=1e-5)) for record in twice.first.metrics]
+        assert values == [
+            (record["step"], pytest.approx(record[name], rel=1e-5))
+            for record in twice.first.metrics
+        ]
     assert not (twice.cwd / "trained_model" / "tensorboard").exists()
     assert twice.first.stderr == ""
 
@@ -321,11 +420,19 @@ def test_tensorboard_gets_every_metric_of_every_step(twice):
 # ------------------------------------------------------------------------------------------------------- other models
 def test_a_model_that_nobody_here_trained_learns_too(run_script, shared_model, tmp_path):
     result = run_script(
-        tmp_path, "--model-name", shared_model("stories260K"), "--training-epochs", "80", "--eval-samples", "60"
+        tmp_path,
+        "--model-name",
+        shared_model("stories260K"),
+        "--training-epochs",
+        "80",
+        "--eval-samples",
+        "60",
     )
     assert (result.status, result.stderr) == (0, "")
     report = read_report(tmp_path / "trained_model")
-    base, trained = (report[model]["train_prompts"]["success_rate"] for model in ("base", "trained"))
+    base, trained = (
+        report[model]["train_prompts"]["success_rate"] for model in ("base", "trained")
+    )
     assert base < 0.2
     assert trained >= base + 0.25
     assert report["learned"] is True
@@ -335,12 +442,27 @@ def test_two_steps_of_a_random_model_with_the_tokenizer_of_tinyllama(
     run_script, save_random_model, shared_model, tmp_path
 ):
     source = shared_model("tinyllama-shape")
-    small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4}
+    small = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig.from_pretrained(source, **small, dtype="float32")
     assert config.vocab_size == 32000
     save_random_model(config, AutoTokenizer.from_pretrained(source), tmp_path / "random")
     result = run_script(
-        *(tmp_path, "--model-name", "random", "--training-epochs", "2", "--batch-size", "6", "--eval-samples", "6")
+        *(
+            tmp_path,
+            "--model-name",
+            "random",
+            "--training-epochs",
+            "2",
+            "--batch-size",
+            "6",
+            "--eval-samples",
+            "6",
+        )
     )
     assert (result.status, result.stderr) == (0, "")
     first, second = read_metrics(tmp_path / "trained_model")
@@ -355,13 +477,20 @@ def test_two_steps_of_a_random_model_with_the_tokenizer_of_tinyllama(
 
 # ------------------------------------------------------------------------------------------------- in this process
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "8bit", "4bit"])
-def test_libraries_say_nothing_in_between(call_main, demo_model, request, kind, capsys, caplog, recwarn):
+def test_libraries_say_nothing_in_between(
+    call_main, demo_model, request, kind, capsys, caplog, recwarn
+):
     model = request.getfixturevalue("gpt2") if kind == "gpt2" else demo_model
     quantization = kind if kind.endswith("bit") else "none"
-    assert call_main("--model-name", model, *SHORT, "--device", "cpu", "--quantization", quantization) == 0
+    assert (
+        call_main("--model-name", model, *SHORT, "--device", "cpu", "--quantization", quantization)
+        == 0
+    )
     assert capsys.readouterr().err == ""
     assert [str(warning.message) for warning in recwarn] == []
-    assert {record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING} == set()
+    assert {
+        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+    } == set()
 
 
 def test_a_finished_run_can_go_on(call_main, demo_model, tmp_path, capsys):
@@ -377,18 +506,31 @@ def test_a_finished_run_can_go_on(call_main, demo_model, tmp_path, capsys):
     assert digest(folder / "model.safetensors") != model
 
 
-def test_a_console_that_lacks_a_character_stops_no_run(call_main, demo_model, tmp_path, monkeypatch):
+def test_a_console_that_lacks_a_character_stops_no_run(
+    call_main, demo_model, tmp_path, monkeypatch
+):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert call_main("--model-name", demo_model, *SHORT, "--device", "cpu") == 0
     assert (tmp_path / "trained_model" / "report.json").exists()
 
 
-def test_a_reward_that_fails_in_the_middle_is_told_with_its_reason(call_main, demo_model, tmp_path, capsys):
-    (tmp_path / "mine.py").write_text("def score(text):\n    return float('nan')\n", encoding="utf-8")
-    assert call_main("--model-name", demo_model, *SHORT, "--device", "cpu", "--reward", "mine.py:score") == 1
+def test_a_reward_that_fails_in_the_middle_is_told_with_its_reason(
+    call_main, demo_model, tmp_path, capsys
+):
+    (tmp_path / "mine.py").write_text(
+        "def score(text):\n    return float('nan')\n", encoding="utf-8"
+    )
+    assert (
+        call_main(
+            "--model-name", demo_model, *SHORT, "--device", "cpu", "--reward", "mine.py:score"
+        )
+        == 1
+    )
     err = capsys.readouterr().err
     assert err.startswith("\nStopped: REWARD, score, gave nan for ")
-    assert err.endswith(": it has to return one finite number for one text; there was nothing to save yet\n")
+    assert err.endswith(
+        ": it has to return one finite number for one text; there was nothing to save yet\n"
+    )
 
 
 REWARD = """
@@ -403,7 +545,9 @@ def score(text):
 """
 
 
-def test_a_reward_that_fails_in_the_middle_costs_no_finished_step(call_main, demo_model, tmp_path, capsys):
+def test_a_reward_that_fails_in_the_middle_costs_no_finished_step(
+    call_main, demo_model, tmp_path, capsys
+):
     flags = ["--model-name", demo_model, *SHORT, "--device", "cpu", "--reward", "mine.py:score"]
     flags += ["--score-prefixes", "false"]  # so that each step calls it 5 times
     (tmp_path / "mine.py").write_text(REWARD.format(last=12), encoding="utf-8")
@@ -423,12 +567,27 @@ def test_a_reward_that_fails_in_the_middle_costs_no_finished_step(call_main, dem
     assert without_seconds(resumed) == without_seconds(read_metrics(tmp_path / "undisturbed"))
 
 
-def test_a_run_that_blows_up_stops_before_it_saves_what_it_learned(call_main, demo_model, tmp_path, capsys):
-    flags = ["--device", "cpu", "--learning-rate", "1e18", "--target-approx-kl", "0", "--save-every", "1"]
+def test_a_run_that_blows_up_stops_before_it_saves_what_it_learned(
+    call_main, demo_model, tmp_path, capsys
+):
+    flags = [
+        "--device",
+        "cpu",
+        "--learning-rate",
+        "1e18",
+        "--target-approx-kl",
+        "0",
+        "--save-every",
+        "1",
+    ]
     assert call_main("--model-name", demo_model, *SHORT, *flags) == 1
     reason = "three steps in a row had updates with numbers that are not finite"
-    remedy = "lower TARGET_APPROX_KL, or start anew with a lower LEARNING_RATE or with DTYPE float32"
-    assert capsys.readouterr().err == f"\nStopped: {reason}: {remedy}; there was nothing to save yet\n"
+    remedy = (
+        "lower TARGET_APPROX_KL, or start anew with a lower LEARNING_RATE or with DTYPE float32"
+    )
+    assert (
+        capsys.readouterr().err == f"\nStopped: {reason}: {remedy}; there was nothing to save yet\n"
+    )
     assert all(record["skipped_updates"] for record in read_metrics(tmp_path / "trained_model"))
     assert not (tmp_path / "trained_model" / "checkpoint" / "state.safetensors").exists()
     assert not (tmp_path / "trained_model" / "report.json").exists()

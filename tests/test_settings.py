@@ -18,7 +18,9 @@ def flag(name):
 
 # ---------------------------------------------------------------------------------------------------------- flags
 def test_without_flags_the_settings_are_the_constants():
-    assert vars(read_settings([])) == {name.lower(): getattr(train_rlhf, name) for name in CONSTANTS}
+    assert vars(read_settings([])) == {
+        name.lower(): getattr(train_rlhf, name) for name in CONSTANTS
+    }
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,9 @@ def test_a_switch(words, value, monkeypatch):
 def test_flags_leave_the_constants_alone():
     read_settings(["--positive-words", "calm", "--seed", "7"])
     assert "calm" not in train_rlhf.POSITIVE_WORDS
-    assert vars(read_settings([])) == {name.lower(): getattr(train_rlhf, name) for name in CONSTANTS}
+    assert vars(read_settings([])) == {
+        name.lower(): getattr(train_rlhf, name) for name in CONSTANTS
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ constants
@@ -107,7 +111,10 @@ def test_every_constant_stands_in_the_readme(script):
         pytest.skip("there is no README.md")
     text = readme.read_text(encoding="utf-8")
     for name, (_, default, comment) in CONSTANTS.items():
-        assert f"| `{name}` | {', '.join(default) if isinstance(default, list) else default} | {comment} |" in text
+        assert (
+            f"| `{name}` | {', '.join(default) if isinstance(default, list) else default} | {comment} |"
+            in text
+        )
     rows = re.findall(r"^\| *`([A-Z_]+)` *\|", text, re.MULTILINE)
     assert [name for name in rows if name not in CONSTANTS] == []
 
