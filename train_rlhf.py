@@ -7,7 +7,6 @@
 Read it from top to bottom, as the data flows: constants, run, policy, rollout, reward, PPO step.
 """
 
-import argparse
 import difflib
 import importlib.metadata
 import importlib.util
@@ -98,7 +97,7 @@ TEMPERATURE = 1.0  # divides the logits of policy and base model everywhere; 1.0
 # --- PPO
 LEARNING_RATE = 3e-4  # of the first step; the later ones follow TARGET_APPROX_KL
 TARGET_APPROX_KL = 0.0025  # nats per token of a step, falling to 0; 0 = LEARNING_RATE stays
-PPO_EPOCHS = 4  # passes over a batch; 1 = every sample is used once, and nothing is ever clipped
+PPO_EPOCHS = 4  # passes over a batch; 1 = every sample is used once (needs TARGET_APPROX_KL 0)
 MINI_BATCH_SIZE = 0  # responses in one update, a divisor of BATCH_SIZE; less saves memory; 0 = all
 KL_COEF = 0.1  # price of one nat of KL against the base model, in scores; 0 = free to drift
 CLIP_RANGE = 0.2  # PPO's epsilon: nothing is gained by a probability ratio outside 1 ± CLIP_RANGE
@@ -153,14 +152,17 @@ def train(trainer, tokenizer, reward, settings, metrics):
                 prompts = prompts_of_step(step, settings.prompts, settings.batch_size)
                 queries, responses, texts = rollout(trainer.model, tokenizer, prompts)
                 scores = score_responses(reward, prompts, texts)
-                samples = zip(prompts, queries, responses, scores)
-                token_scores = score_tokens(reward, tokenizer, samples, settings.score_prefixes)
+                sampled = zip(prompts, queries, responses, scores)
+                token_scores = score_tokens(reward, tokenizer, sampled, settings.score_prefixes)
                 stats = trainer.step(queries, responses, token_scores)
-                log(make_record(step, texts, scores, stats, settings))
+                metrics.append(make_record(step, texts, scores, stats, settings))
+                log(metrics)
+                give_up_on_bad_numbers(metrics)
                 set_learning_rate(trainer.optimizer, metrics, total_steps, settings)
-                if stop.requested or is_checkpoint_due(metrics, total_steps, settings.save_every):
+                stopping = stop.requested
+                if stopping or is_checkpoint_due(metrics, total_steps, settings.save_every):
                     save_checkpoint(*learner, settings, metrics)
-                if stop.requested:
+                if stopping:
                     break
     except RewardError:
         save_checkpoint(*learner, settings, metrics)  # the steps before it are worth keeping
@@ -168,9 +170,10 @@ def train(trainer, tokenizer, reward, settings, metrics):
 
 
 def set_learning_rate(optimizer, metrics, total_steps, settings):
-    """Set the rate with which the next step moves by its target, which falls as a cube.
+    """Set the rate with which the next step moves as far as its target, in nats per token.
 
-    So there are large steps early and ever finer ones later: what the last ones do stays.
+    The target falls from TARGET_APPROX_KL to 0 as (1 - progress)^3: large steps early, to get there,
+    and ever finer ones later, since the noise of the last steps stays in the result.
     """
     if settings.target_approx_kl > 0:
         target = settings.target_approx_kl * (1 - len(metrics) / total_steps) ** 3
@@ -179,14 +182,14 @@ def set_learning_rate(optimizer, metrics, total_steps, settings):
 
 
 def adapt_learning_rate(learning_rate, approx_kl, target, limit=1.5):
-    """Return the rate with which the last step would have moved by the target.
+    """Return the rate with which the last step would have moved as far as the target.
 
     The rates that suit small and large models differ by orders of magnitude, the nats that a step
-    moves do not; they grow with the square of the rate. One step changes the rate by the factor
-    `limit` at most. An approx_kl that was not finite, None, counts as far too much.
+    moves do not. The nats grow with the square of the rate. From step to step the rate changes by
+    the factor `limit` at most. An approx_kl of None was not finite: it counts as far too much.
     """
-    wanted = 0 if approx_kl is None else math.sqrt(target / max(approx_kl, 1e-12))
-    return learning_rate * min(max(wanted, 1 / limit), limit)
+    factor = 0 if approx_kl is None else math.sqrt(target / max(approx_kl, 1e-12))
+    return learning_rate * min(max(factor, 1 / limit), limit)
 
 
 # -------------------------------------------------------------------------------------- the policy
@@ -246,6 +249,10 @@ def make_policy(model, tokenizer, settings):
     torch.manual_seed(settings.seed)  # of the adapter's first values
     with blame("LORA_TARGETS", targets, "name linear layers of this model, or all-linear"):
         adapted = get_peft_model(model, lora)
+        adapted_names = " ".join(adapted.base_model.targeted_module_names)
+        unknown = [name for name in targets if name not in adapted_names + " all-linear"]
+        if unknown:  # PEFT says so only where no name is known
+            raise ValueError(f"the model has no layer {unknown}")
     return PolicyWithValueHead(adapted, settings.temperature).to(model.device).eval()
 
 
@@ -319,26 +326,27 @@ def score_responses(reward, prompts, texts):
     scores = []
     for prompt, text in zip(prompts, texts):
         if prompt[-1].isalnum():
-            text = re.sub(r"^\w+", "", text, flags=re.ASCII)  # some scripts write without spaces
+            text = re.sub(r"^\w+", "", text, flags=re.ASCII)  # not of scripts without spaces
         scores.append(call_reward(reward, text))
     return scores
 
 
-def score_tokens(reward, tokenizer, samples, score_prefixes):
+def score_tokens(reward, tokenizer, sampled, score_prefixes):
     """Return what each token of each response earns, 1-D tensors as long as the responses.
 
-    samples: (prompt, query, response, score) of each. With score_prefixes a token earns what it
-    adds to the score of the text so far. The sum is the response's score less that of an empty one,
-    so the best policy stays the best: potential-based shaping (Ng, Harada and Russell 1999), exact
-    for GAMMA 1. But now it shows which token made the difference. Without, the last gets it all.
+    sampled: (prompt, query, response, score) of each response. With score_prefixes a token earns
+    what it adds to the score of the text so far, so the reward is asked about every beginning, the
+    empty one too. It all sums up to the response's score less that of the empty text, so the best
+    policy stays the best: potential-based shaping (Ng, Harada and Russell 1999), exact for GAMMA 1.
+    Without score_prefixes the last token earns the whole score.
     """
     token_scores = []
-    for prompt, query, response, score in samples:
+    for prompt, query, response, score in sampled:
         before = torch.zeros(len(response))
         if score_prefixes:
             ends = range(len(response))
-            starts = [response_text(tokenizer, query, response[:end]) for end in ends]
-            before = torch.tensor(score_responses(reward, [prompt] * len(starts), starts))
+            prefixes = [response_text(tokenizer, query, response[:end]) for end in ends]
+            before = torch.tensor(score_responses(reward, [prompt] * len(prefixes), prefixes))
         after = torch.cat([before[1:], torch.tensor([score])])
         token_scores.append(after - before)
     return token_scores
@@ -346,13 +354,14 @@ def score_tokens(reward, tokenizer, samples, score_prefixes):
 
 # ------------------------------------------------------------------------------------ the PPO step
 class ExactKLTrainer(PPOTrainer):
-    """TRL's PPOTrainer with its step in the open, exact KLs, and a score for each token.
+    """TRL's PPOTrainer, its step written out, with exact KLs and a score for each token.
 
     The KL against the base model is summed over the whole vocabulary at each position t,
     KL_t = sum_v p(v) ln(p(v) / p_ref(v)), where ln(p / p_ref) of the sampled token is usual: the
-    same mean with far less noise. But KL_t does not depend on the token sampled at t, so in the
-    reward it can't teach the policy to lower it. Its gradient therefore joins the loss: the policy
-    gradient of a reward that depends on the parameters, grad E[R] = E[R grad ln p] + E[grad R].
+    same mean with far less noise. But it does not depend on the token sampled at t, so a reward
+    that has it can't teach the policy to lower KL_t itself. The gradient of KL_t therefore joins
+    the loss: of a reward that depends on the parameters, grad E[R] = E[R grad ln p] + E[grad R],
+    where PPO's clipped loss is the first term.
     """
 
     def step(self, queries, responses, token_scores):
@@ -362,11 +371,12 @@ class ExactKLTrainer(PPOTrainer):
         response earns, 1-D float tensors. Below, tensors are (batch, response length), and those
         that begin with all_ have the vocabulary as a third dimension.
         """
-        config, kl_coef = self.config, self.kl_ctl.value
+        config = self.config
+        kl_coef = self.kl_ctl.value  # which stays as it is
         input_ids, attention_mask, mask = pad_batch(self.tokenizer, queries, responses)
         tokens = input_ids[:, -mask.shape[1] :]
         token_scores = pad_sequence(token_scores, batch_first=True).to(input_ids.device)
-        earned = token_scores.cumsum(1) - token_scores
+        earned = token_scores.cumsum(1) - token_scores  # before each token
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "earned": earned}
 
         # The policy that sampled, and the base model: the same network with its adapter off.
@@ -375,17 +385,19 @@ class ExactKLTrainer(PPOTrainer):
             all_ref_logprobs, _ = self.forward_pass(inputs)
         logprobs = of_tokens(all_logprobs, tokens)
 
-        # Rewards: the scores less the price of the KL.
+        # Rewards: the scores less the price of KL(policy || base model). TRL's _kl_penalty is the
+        # KL(first || second) of its arguments.
         kl = self._kl_penalty(all_logprobs, all_ref_logprobs) * mask
         rewards = token_scores - kl_coef * kl
 
-        # Advantages and returns, by TRL's GAE. TRL whitens the advantages, which would blow up the
-        # noise of a batch of like scores; these stay in units of the score.
-        values, _, returns = self.compute_advantages(values, rewards, mask)
+        # Advantages and returns, by TRL's GAE. TRL whitens its advantages, which would blow up the
+        # noise of a batch of like scores; those here stay in units of the score.
+        values, _whitened, returns = self.compute_advantages(values, rewards, mask)
         advantages = (returns - values) * mask
 
-        longest = config.max_grad_norm or math.inf
         updates, skipped_updates = [], 0
+        scaler = self.accelerator.scaler  # of the loss, for float16; else None
+        max_norm = config.max_grad_norm or math.inf
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for _ in range(config.ppo_epochs):
             order = numpy.random.permutation(config.batch_size)
@@ -393,7 +405,7 @@ class ExactKLTrainer(PPOTrainer):
                 logits, new_values = self.model(**{name: inputs[name][rows] for name in inputs})
                 all_new_logprobs = torch.log_softmax(logits, dim=-1)
 
-                # The clipped losses of policy and value head are TRL's.
+                # TRL's clipped losses, means per token; the value loss has its VF_COEF already.
                 policy_loss, value_loss, stats = self.loss(
                     old_logprobs=logprobs[rows],
                     values=values[rows],
@@ -407,27 +419,29 @@ class ExactKLTrainer(PPOTrainer):
                 new_kl = self._kl_penalty(all_new_logprobs, all_ref_logprobs[rows])
                 loss = policy_loss + kl_coef * masked_mean(new_kl, mask[rows]) + value_loss
 
-                # An update whose loss or gradient is not finite is skipped: nothing moves. With
-                # float16 the scaler skips it, and has to be asked, since it lowers its scale then.
+                # An update whose loss or gradient is not finite is skipped: nothing moves. float16's
+                # scaler must be asked all the same. It leaves out an update with bad gradients by
+                # itself and lowers its scale; that is its way to find one, so it is not counted.
                 self.accelerator.backward(loss)
-                norm = self.accelerator.clip_grad_norm_(parameters, longest)
-                scaler = self.accelerator.scaler
-                finite = loss.isfinite() and (scaler or norm.isfinite())
+                norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
+                finite = loss.isfinite() & norm.isfinite()
                 if finite or scaler:
                     self.optimizer.step()
                 self.optimizer.zero_grad()
-                skipped_updates += int(not finite)
+                skipped_updates += int(not (loss.isfinite() if scaler else finite))
 
                 step_kl = self._kl_penalty(all_logprobs[rows], all_new_logprobs.detach())
                 update = {
                     "policy_loss": stats["loss/policy"],
                     "value_loss": stats["loss/value"],
-                    "approx_kl": masked_mean(step_kl, mask[rows]),
+                    "approx_kl": masked_mean(step_kl, mask[rows]),  # nats per token, before it
                     "clip_fraction": stats["policy/clipfrac"],
                     "entropy": stats["policy/entropy"],
                 }
                 updates.append(update)
-        means = {name: torch.stack([u[name] for u in updates]).mean().item() for name in update}
+        means = {
+            n: torch.stack([update[n] for update in updates]).mean().item() for n in updates[0]
+        }
         return {
             "kl": kl.sum(1).mean().item(),  # nats per response, of the policy that sampled
             "kl_coef": kl_coef,
@@ -474,7 +488,7 @@ def make_trainer(policy, tokenizer, settings, device, dtype):
         kl_penalty="full",  # the exact KL
         accelerator_kwargs=accelerator,
     )
-    return ExactKLTrainer(config, policy, None, tokenizer)
+    return ExactKLTrainer(config, policy, ref_model=None, tokenizer=tokenizer)
 
 
 # =================================================================== nothing below this line is PPO
@@ -537,7 +551,7 @@ def measure(trainer, tokenizer, prompts, reward, settings):
         "score": sum(scores) / len(scores),
         "kl": sum(kls) / len(kls),
         "distinct": len(set(texts)) / len(texts),
-        "perplexity_under_base": math.exp(min(-sum(ref_logprobs) / tokens, 700)),
+        "perplexity_under_base": math.exp(min(-sum(ref_logprobs) / tokens, 700)),  # no overflow
         "first_sample": dict(zip(prompts, texts[::each])),
     }
 
@@ -605,16 +619,17 @@ def make_record(step, texts, scores, stats, settings):
 
 
 def is_checkpoint_due(metrics, total_steps, save_every):
-    """Return whether to save: every few steps, but not after a bad one, and at the end.
-
-    Raises RunError where the updates of three steps in a row had to be skipped.
-    """
+    """Return whether to save: every few steps, but not after a bad one, and at the end."""
     step = len(metrics)
-    if step >= 3 and all(record["skipped_updates"] for record in metrics[-3:]):
-        remedy = "lower TARGET_APPROX_KL, or start anew with a lower LEARNING_RATE or DTYPE float32"
-        raise RunError(f"three steps in a row had updates that are not finite: {remedy}")
     due = save_every > 0 and step % save_every == 0 and not metrics[-1]["skipped_updates"]
     return due or step == total_steps
+
+
+def give_up_on_bad_numbers(metrics):
+    """Raise RunError where each of the last three steps had updates that were skipped."""
+    if len(metrics) >= 3 and all(record["skipped_updates"] for record in metrics[-3:]):
+        remedy = "lower TARGET_APPROX_KL, or start anew with a lower LEARNING_RATE or DTYPE float32"
+        raise RunError(f"three steps in a row had updates that are not finite: {remedy}")
 
 
 def load_reward(name, positive_words, example):
@@ -695,11 +710,9 @@ def convert(value, kind, allowed):
         if len(texts) < allowed:
             raise ValueError
         return texts if kind == "texts" else [p for text in texts for p in read_prompts(text)]
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
     if kind == "text":
         text = os.fspath(getattr(value, "__name__", value))
-        text.encode()  # which half a character can't be
+        text.encode()  # an error for half a character, as "\ud800"
         if not text.strip() or "\0" in text or (allowed and text not in allowed):
             raise ValueError
         return text
@@ -717,7 +730,7 @@ def describe(kind, allowed):
         return f"a {'whole ' * (kind == 'whole')}number from {allowed[0]} to {allowed[1]}"
     if kind == "text" and allowed:
         return f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-    return {"switch": "True or False", "text": "a text"}.get(kind, "texts, none of them empty")
+    return {"switch": "True or False", "text": "a text"}.get(kind, "a list of texts, none empty")
 
 
 def read_settings(argv, constants, rules, checks):
@@ -749,28 +762,46 @@ def read_settings(argv, constants, rules, checks):
 
 def read_flags(argv, constants, rules):
     """Return {constant: value} of the flags in argv, and a list of problems; --help ends here."""
+    if "--help" in argv or "-h" in argv:
+        print(explain_flags(constants))
+        sys.exit(0)
+    kinds = {name: kind for kind, _, _, names in rules for name in names.split()}
+    given, problems = {}, []
+    values = strays = []
+    for argument in argv:
+        if not argument.startswith("--"):
+            values.append(argument)
+            continue
+        flag, equals, value = argument.partition("=")
+        name = flag[2:].replace("-", "_").upper()
+        values = [value] if equals else []
+        if name in kinds:
+            given[name] = values
+        elif kinds.get(name.removeprefix("NO_")) == "switch" and not equals:
+            values.append("false")
+            given[name.removeprefix("NO_")] = values
+        else:
+            problems.append(near_miss(flag, [flag_of(name) for name in kinds]))
+    for name, values in given.items():
+        if kinds[name] == "switch" and not values:
+            given[name] = True
+        elif kinds[name] not in ("texts", "prompts") and len(values) == 1:
+            given[name] = values[0]
+    return given, [
+        f"{shorten(text)} follows no flag: --help lists all" for text in strays
+    ] + problems
+
+
+def explain_flags(constants):
+    """Return the text of --help: the constants as they stand in the script, by their flags."""
     source = ""
     if "__file__" in constants:  # there is none in a cell of a notebook
-        source = Path(constants["__file__"]).read_text(encoding="utf-8").replace("%", "%%")
-    source = source[source.find("# --- ") : source.find("# -----")].replace("  # fmt: skip", "")
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--flag VALUE …]    (each overrides a constant of the file for this run)",
-        epilog=re.sub("^[A-Z_]+", lambda name: flag_of(name[0]), source, flags=re.M),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    kinds = {name: kind for kind, _, _, names in rules for name in names.split()}
-    for name, kind in kinds.items():
-        flag, options = flag_of(name), {"dest": name, "help": argparse.SUPPRESS}
-        if kind == "switch":
-            parser.add_argument(flag, nargs="?", const=True, **options)
-            parser.add_argument(flag.replace("--", "--no-", 1), action="store_false", **options)
-        else:
-            parser.add_argument(flag, nargs="*", **options)
-    argv = [re.sub("^--[a-z_]+", lambda flag: flag[0].replace("_", "-"), text) for text in argv]
-    given, unknown = parser.parse_known_args(argv)
-    return vars(given), near_misses(unknown, [flag_of(name) for name in kinds])
+        source = Path(constants["__file__"]).read_text(encoding="utf-8")
+    start = re.search(r"^# --- |^[A-Z_]+ *[:=]|\Z", source, re.M).start()
+    block = source[start : source.find("\n# -----", start)].replace("  # fmt: skip", "")
+    flags = re.sub("^[A-Z_]+", lambda name: flag_of(name[0]), block, flags=re.M)
+    script = Path(sys.argv[0]).name
+    return f"usage: {script} [--flag VALUE …]    (for this run, in place of a constant)\n\n{flags}"
 
 
 def flag_of(name):
@@ -778,19 +809,15 @@ def flag_of(name):
     return "--" + name.lower().replace("_", "-")
 
 
-def near_misses(unknown, flags):
-    """Return a problem for each unknown flag, with those that may have been meant."""
-    problems = []
-    for before, text in zip(["", *unknown], unknown):
-        if text.startswith("-") or not before.startswith("--"):  # else it is that flag's value
-            given = text.partition("=")[0]
-            words = set(given.split("-"))  # --epochs is in --ppo-epochs, --lr short for its words
-            meant = [flag for flag in flags if words < set(flag.split("-"))]
-            meant += [flag for flag in flags if given == "--" + "".join(re.findall(r"-(\w)", flag))]
-            meant = meant or difflib.get_close_matches(given, flags, n=1)
-            hint = f"did you mean {' or '.join(meant)}?" if meant else "--help lists all"
-            problems.append(f"{shorten(text)}: there is no such flag; {hint}")
-    return problems
+def near_miss(given, flags):
+    """Return the problem with an unknown flag, and those that may have been meant."""
+    given = given.replace("_", "-")
+    words = set(given[2:].split("-"))  # --epochs is in --ppo-epochs, --lr short for --learning-rate
+    meant = [flag for flag in flags if words < set(flag[2:].split("-"))]
+    meant += [flag for flag in flags if given == "--" + "".join(re.findall(r"-(\w)", flag))]
+    meant = meant or difflib.get_close_matches(given, flags, n=1)
+    hint = f"did you mean {' or '.join(meant)}?" if meant else "--help lists all"
+    return f"{shorten(given)}: there is no such flag; {hint}"
 
 
 def read_prompts(entry):
@@ -806,7 +833,9 @@ def read_prompts(entry):
                 prompts.append(convert(prompt, "text", ()))
         return prompts
     except Exception as error:
-        where = f"{shorten(entry)}, line {number}, can't be read ({shorten(repr(error))})"
+        where = (
+            f"{shorten(entry)}{f', line {number},' * bool(number)} can't be read ({shorten(error)})"
+        )
         remedy = 'give one prompt a line in UTF-8, in a .jsonl as {"prompt": "I feel so"}'
         raise SettingsError(f"{where}: {remedy}") from error
 
@@ -902,11 +931,12 @@ def find_model(name):
         hint = "To see the script at work offline, give the small model beside it: demo_model"
         raise SettingsError(f"{problem}: check the name and the connection. {hint}") from error
     print(f"Fetching what the cache lacks of {name} from the Hub", flush=True)
-    return snapshot_download(name, **files)
+    with blame("MODEL_NAME", name, "try again, what is fetched already stays"):
+        return snapshot_download(name, **files)
 
 
 def load_tokenizer(path):
-    """Return the tokenizer, with a pad token; masks come from lengths, so any will do."""
+    """Return the tokenizer, with a pad token that is no end token, if there is one to spare."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.eos_token is None:
         raise ValueError("its tokenizer has no end token")
@@ -1191,38 +1221,37 @@ def announce(policy, settings, device, dtype, metrics):
 
 @contextmanager
 def open_log(settings, metrics):
-    """Yield a function that takes the record of a step, into metrics and their file.
+    """Yield a function that writes down the last of the metrics and shows progress.
 
-    It shows progress too: a live bar on a terminal, elsewhere a line every LOG_EVERY steps.
+    Progress is a live bar on a terminal, elsewhere a line every LOG_EVERY steps.
     """
     done, total = len(metrics), count_steps(settings)
     start = time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
     path = Path(settings.output_dir, "metrics.jsonl")
     path.write_text("".join(json.dumps(record) + "\n" for record in metrics))
     shape = "{n_fmt}/{total_fmt} |{bar:12}| {remaining} left, {desc}"
-    silent = done == total or not is_terminal()
+    no_bar = done == total or not is_terminal()
     tracker = None
     if settings.report_to == "tensorboard":
-        tracker = TensorBoardTracker("tensorboard", settings.output_dir)
+        tracker = TensorBoardTracker("tensorboard", settings.output_dir, purge_step=done + 1)
         tracker.start()
-    with tqdm(total=total, initial=done, bar_format=shape, disable=silent) as bar:
+    with tqdm(total=total, initial=done, bar_format=shape, disable=no_bar) as bar:
 
-        def log(record):
+        def log(metrics):
+            step, record = len(metrics), metrics[-1]
             record["seconds"] = time.perf_counter() - start
-            metrics.append(record)
             with open(path, "a") as file:
                 file.write(json.dumps(record) + "\n")
             if tracker:
                 finite = {name: value for name, value in record.items() if value is not None}
-                tracker.log(finite, step=len(metrics))
+                tracker.log(finite, step=step)
             for text in warnings_of(metrics, settings.max_new_tokens):
-                tqdm.write(f"step {len(metrics)}: {text}")
+                tqdm.write(f"step {step}: {text}")
             success, score, kl = (recent(metrics, n) for n in ("success_rate", "score", "kl"))
-            text = f"success {success:4.0%}, score {score:+.2f}, KL {kl:.2f}"
+            text = f"success {success:4.0%}, score {score:+.2f}, KL {kl:z.2f}"
             bar.set_description_str(text, refresh=False)
             bar.update()
-            step = len(metrics)
-            if silent and (step % settings.log_every == 0 or step == total):
+            if no_bar and (step % settings.log_every == 0 or step == total):
                 left = tqdm.format_interval(record["seconds"] / step * (total - step))
                 print(f"step {step}/{total}, {left} left, {text}", flush=True)
 
@@ -1243,7 +1272,7 @@ def warnings_of(metrics, max_new_tokens):
     skipped_updates = metrics[-1]["skipped_updates"]
     if skipped_updates:
         lines.append(f"updates skipped, since their numbers were not finite: {skipped_updates}")
-    if kl > max_new_tokens >= before:  # more than a nat per token
+    if kl > max_new_tokens and not before > max_new_tokens:  # more than a nat per token, now
         remedy = "stop, and raise KL_COEF or lower TARGET_APPROX_KL"
         lines.append(f"the KL has run away to {kl:.1f} nats: {remedy}")
     return lines
@@ -1343,7 +1372,7 @@ def summarize(report, folder):
     lines += [f"| {'':22} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for prompts in base:
         for model in ("base", "trained"):
-            figures = (f"{report[model][prompts][name]:.3f}".rjust(len(name)) for name in names)
+            figures = (f"{report[model][prompts][name]:z.3f}".rjust(len(name)) for name in names)
             lines.append(f"| {f'{model}, {prompts}':22} | {' | '.join(figures)} |")
     where = f"{report['samples']} samples in {report['seconds']:.0f} seconds on {report['device']}"
     first = "The first response to each prompt, with the same random numbers before and after:"
@@ -1373,7 +1402,8 @@ def judge(report):
     text = f"Success: {base['success_rate']:.1%} before, {trained['success_rate']:.1%} after,"
     text += f" at {trained['kl']:z.1f} nats from the base model."
     if not report["close_to_base"]:
-        text += " Little is left of it: try a lower LEARNING_RATE or a higher KL_COEF."
+        text += " Little is left of it: try a lower LEARNING_RATE,"
+        text += "\na lower TARGET_APPROX_KL or a higher KL_COEF."
     elif base["success_rate"] == trained["success_rate"] == 0:
         text += "\nThe base model never succeeded, so there was nothing to learn from:"
         text += "\ntry words or prompts with which it succeeds now and then."
@@ -1393,6 +1423,7 @@ def main(argv=()):
     warnings.filterwarnings("error", message=".*tied layer is part of the adapter")  # not mergeable
     transformers.logging.disable_progress_bar()  # of loading weights
     transformers.logging.set_verbosity_error()
+    sys.set_int_max_str_digits(0)  # so that a number of any length can be shown, shortened
     settings = None
     try:
         with stop_on_signal():

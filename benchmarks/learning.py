@@ -1,10 +1,11 @@
-"""Measure how well train_rlhf.py learns, over models, seeds and variants of its settings; write learning.md.
+"""Measure how well train_rlhf.py learns, over models, seeds and variants of its settings.
 
-    python benchmarks/learning.py            # the table of the defaults: 5 seeds of each model
-    python benchmarks/learning.py --ablation # what each part of the learner is worth, on the same seeds
+    python benchmarks/learning.py             # 5 seeds of each model with the defaults: learning.md
+    python benchmarks/learning.py --ablation  # what each part of the learner is worth: ablation.md
 
-Every run is a process of its own with one thread, as many at once as there are cores. stories260K, a model that is not
-part of the project, is left out where its folder is absent.
+Any flag of train_rlhf.py may follow; then the table is shown, but not written. Every run is a
+process of its own with one thread, as many at once as there are cores. stories260K, a model that is
+not part of the project, is left out where its folder is absent.
 """
 
 import argparse
@@ -26,14 +27,9 @@ STORY_EVAL_PROMPTS += ["The cat was very", "They played and were", "Then the bir
 MODELS = {
     "demo_model": ["--model-name", str(ROOT / "demo_model")],
     "stories260K, story prompts": [
-        *[
-            "--model-name",
-            str(STORIES),
-            "--prompts",
-            *STORY_PROMPTS,
-            "--eval-prompts",
-            *STORY_EVAL_PROMPTS,
-        ]
+        *("--model-name", str(STORIES)),
+        *("--prompts", *STORY_PROMPTS),
+        *("--eval-prompts", *STORY_EVAL_PROMPTS),
     ],
     "stories260K, default prompts": ["--model-name", str(STORIES)],
 }
@@ -45,24 +41,33 @@ VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
     "the last token gets the score": (["--score-prefixes", "false"], ""),
     "KL in the reward alone": (
         [],
-        "def loss(self, *a, **k):\n"
-        "    result = exact_loss(self, *a, **k)\n"
-        "    return (train_rlhf.PPOTrainer.loss(self, *a, **k)[0], *result[1:])\n"
-        "exact_loss, train_rlhf.ExactKLTrainer.loss = train_rlhf.ExactKLTrainer.loss, loss",
+        "exact_kl = train_rlhf.ExactKLTrainer._kl_penalty\n"
+        "def without_gradient(self, *logprobs):\n"
+        "    return exact_kl(self, *logprobs).detach()\n"
+        "train_rlhf.ExactKLTrainer._kl_penalty = without_gradient",
     ),
     "advantages whitened": (
         [],
-        "train_rlhf.ExactKLTrainer.compute_advantages = train_rlhf.PPOTrainer.compute_advantages",
+        "from trl.core import masked_whiten\n"
+        "loss = train_rlhf.ExactKLTrainer.loss\n"
+        "def of_whitened(self, advantages, mask, **others):\n"  # an update has the whole batch
+        "    advantages = masked_whiten(advantages, mask)\n"
+        "    return loss(self, advantages=advantages, mask=mask, **others)\n"
+        "train_rlhf.ExactKLTrainer.loss = of_whitened",
     ),
     "the critic does not see what was earned": (
         [],
         "forward = train_rlhf.PolicyWithValueHead.forward\n"
-        "train_rlhf.PolicyWithValueHead.forward = lambda self, earned=0.0, **inputs: forward(self, **inputs)",
+        "def blind(self, earned, **inputs):\n"
+        "    return forward(self, earned=0 * earned, **inputs)\n"
+        "train_rlhf.PolicyWithValueHead.forward = blind",
     ),
     "target falls as a straight line": (
         [],
         "adapt, full = train_rlhf.adapt_learning_rate, train_rlhf.TARGET_APPROX_KL\n"
-        "train_rlhf.adapt_learning_rate = lambda rate, kl, target: adapt(rate, kl, full * (target / full) ** (1 / 3))",
+        "def straight(rate, approx_kl, target):\n"
+        "    return adapt(rate, approx_kl, full * (target / full) ** (1 / 3))\n"
+        "train_rlhf.adapt_learning_rate = straight",
     ),
     "LAM 1": (["--lam", "1"], ""),
     "TARGET_APPROX_KL * 4": (["--target-approx-kl", "0.01"], ""),
@@ -72,23 +77,23 @@ VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
 COLUMNS = "last 200 | worst seed | samples to 80 % | trained | held out | KL | least KL | distinct"
 
 
-def run(model, variant, seed):
+def run(model, variant, seed, more_flags):
     """Return the figures of one run; a run that fails stops the benchmark with what it printed."""
     flags, patch = VARIANTS[variant]
     program = f"import sys, train_rlhf\n{patch}\nsys.exit(train_rlhf.main(sys.argv[1:]))"
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "trained_model")
-        command = [sys.executable, "-c", program, *MODELS[model], *flags]
+        command = [sys.executable, "-c", program, *MODELS[model], *flags, *more_flags]
+        command += ["--seed", str(seed), "--output-dir", str(output), "--save-every", "0"]
         result = subprocess.run(
-            [*command, "--seed", str(seed), "--output-dir", str(output), "--save-every", "0"],
+            command,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
         )
         if result.returncode:
-            raise SystemExit(
-                f"{model}, {variant}, seed {seed} failed:\n{result.stdout}{result.stderr}"
-            )
+            output = result.stdout + result.stderr
+            raise SystemExit(f"{model}, {variant}, seed {seed} failed:\n{output}")
         report = json.loads((output / "report.json").read_text())
         metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     batch = report["settings"]["batch_size"]
@@ -99,6 +104,7 @@ def run(model, variant, seed):
     }
     trained, held_out = report["trained"]["train_prompts"], report["trained"]["eval_prompts"]
     return {
+        "samples": report["samples"],
         "base": report["base"]["train_prompts"]["success_rate"],
         "last_200": statistics.mean(rates[-200 // batch :]),
         "samples_to_80": next((samples for samples, rate in running.items() if rate >= 0.8), None),
@@ -109,7 +115,7 @@ def run(model, variant, seed):
 
 
 def row(name, runs):
-    """Return a Markdown row: means over the seeds, the lowest and highest in brackets where they tell something."""
+    """Return a Markdown row: means over the seeds, with the lowest and highest where they tell."""
 
     def mean(key, form):
         values = [figures[key] for figures in runs]
@@ -132,41 +138,35 @@ def row(name, runs):
 
 def main():
     """Run, and print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--ablation", action="store_true", help="all variants in place of the defaults alone"
-    )
-    parser.add_argument(
-        "--seeds", type=int, default=5, help="seeds 0 to this less one (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="runs at once (default: %(default)s)"
-    )
-    options = parser.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--ablation", action="store_true", help="all variants in place of the defaults alone")
+    add("--seeds", type=int, default=5, help="seeds 0 to this less one (default: %(default)s)")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: %(default)s)")
+    options, flags = parser.parse_known_args()
     variants = list(VARIANTS) if options.ablation else list(VARIANTS)[:1]
     models = [model for model in MODELS if STORIES.is_dir() or model == "demo_model"]
     if options.ablation:
         models = models[:2]
     tasks = [(m, v, seed) for m in models for v in variants for seed in range(options.seeds)]
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = dict(zip(tasks, pool.map(lambda task: run(*task), tasks)))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout
-    lines = [
-        f"Commit {commit.strip()}, seeds 0 to {options.seeds - 1}, 900 samples, a CPU with one thread a run.",
-        "",
-    ]
+        results = dict(zip(tasks, pool.map(lambda task: run(*task, flags), tasks)))
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    samples = results[tasks[0]]["samples"]
+    seeds = f"seeds 0 to {options.seeds - 1}, {samples} samples, a CPU with one thread a run"
+    lines = [f"Commit {commit}, {seeds}.", ""]
     lines += [f"| | {COLUMNS} |", "|---|" + "---|" * len(COLUMNS.split("|"))]
     for model in models:
         for variant in variants:
             name = f"{model}: {variant}" if options.ablation else model
-            lines.append(
-                row(name, [results[model, variant, seed] for seed in range(options.seeds)])
-            )
+            runs = [results[model, variant, seed] for seed in range(options.seeds)]
+            lines.append(row(name, runs))
     table = "\n".join(lines) + "\n"
     print(table)
-    (ROOT / "benchmarks" / ("ablation.md" if options.ablation else "learning.md")).write_text(table)
+    if not flags:
+        name = "ablation.md" if options.ablation else "learning.md"
+        (ROOT / "benchmarks" / name).write_text(table)
 
 
 if __name__ == "__main__":

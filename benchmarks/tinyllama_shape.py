@@ -2,8 +2,8 @@
 
     python benchmarks/tinyllama_shape.py --steps 2          # any flag of train_rlhf.py may follow
 
-The model is made in a temporary folder (2.2 GB in bfloat16, the result up to 4.4 GB) and trained as a user would train
-it. Its words mean nothing, so only seconds and memory do.
+The model is made in a temporary folder (2.2 GB in bfloat16, the result up to 4.4 GB) and trained as
+a user would train it. Its words mean nothing, so only seconds and memory do.
 """
 
 import argparse
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_model(folder):
-    """Save a random model of TinyLlama-1.1B-Chat-v1.0's shape (its config.json), with the demo model's tokenizer."""
+    """Save a random model of TinyLlama-1.1B-Chat-v1.0's shape, with the demo model's tokenizer."""
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=2048,
@@ -46,35 +46,25 @@ def main():
     options, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder, "model"))
-        command = [
-            sys.executable,
-            ROOT / "train_rlhf.py",
-            "--model-name",
-            "model",
-            "--prompts",
-            "I feel so",
-        ]
-        command += ["--training-epochs", str(10 * options.steps), "--eval-samples", "10", *flags]
+        command = [sys.executable, ROOT / "train_rlhf.py", "--model-name", "model"]
+        command += ["--prompts", "I feel so", "--eval-samples", "10"]
+        command += ["--training-epochs", str(10 * options.steps), *flags]
         start = time.perf_counter()
         subprocess.run(command, cwd=folder, check=True)
         total = time.perf_counter() - start
         output = Path(folder, "trained_model")
         report = json.loads((output / "report.json").read_text())
-        seconds = [
-            json.loads(line)["seconds"]
-            for line in (output / "metrics.jsonl").read_text().splitlines()
-        ]
-    measured = sum(
-        report[model][p]["samples"] for model in ("base", "trained") for p in report[model]
-    )
+        metrics = (output / "metrics.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["seconds"] for line in metrics]
+    figures = [*report["base"].values(), *report["trained"].values()]
+    measured = sum(figure["samples"] for figure in figures)
     steps = [round(after - before, 1) for before, after in zip([0, *seconds], seconds)]
-    print(
-        f"\n{report['device']}, {report['dtype']}: {steps if len(steps) < 9 else steps[:3] + steps[-3:]} s a step,"
-    )
+    if len(steps) > 8:
+        steps = [*steps[:3], *steps[-3:]]
+    speed, memory = report["samples_per_second"], report["peak_memory_mb"] / 1000
+    print(f"\n{report['device']}, {report['dtype']}: {steps} s a step,")
     print(f"{total - seconds[-1]:.0f} s for loading, saving and measuring {measured} samples,")
-    print(
-        f"{report['samples_per_second']:.2f} samples a second, {report['peak_memory_mb'] / 1000:.1f} GB at the peak"
-    )
+    print(f"{speed:.2f} samples a second, {memory:.1f} GB at the peak")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 import os
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it: two workers share the cores
 
 import pytest
 import torch
@@ -110,41 +111,20 @@ def call_main(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def start_script(script):
-    """Start the script in a process without a GPU and without the Hub."""
+def start_script(tmp_path_factory):
+    """Start a run in a process of its own, a child of one that has imported the script once."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system can't fork a process")
+    from fork_driver import ForkDriver
 
-    def start(folder, *flags, **environment):
-        known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        known |= {
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_ENDPOINT": "http://127.0.0.1:9",
-        }
-        return subprocess.Popen(
-            [sys.executable, str(script), *map(str, flags)],
-            cwd=folder,
-            env=known | {"HF_HOME": str(Path(folder, "hf_home"))} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-        )
-
-    return start
+    with ForkDriver(tmp_path_factory.mktemp("driver")) as driver:
+        yield driver.start
 
 
 @pytest.fixture(scope="session")
 def run_script(start_script):
-    """Run the script to its end; return exit status, stdout and stderr."""
-
-    def run(folder, *flags, **environment):
-        process = start_script(folder, *flags, **environment)
-        try:
-            stdout, stderr = process.communicate(timeout=240)
-        finally:
-            process.kill()
-        return SimpleNamespace(status=process.returncode, stdout=stdout, stderr=stderr)
-
-    return run
+    """Do a run to its end; return exit status, stdout, stderr, notes and seconds."""
+    return lambda *args, **options: start_script(*args, **options).end()
 
 
 @pytest.fixture

@@ -1,35 +1,58 @@
-import json
+"""Checkpoints: what they bring back, what may change on the way, and the signals that stop."""
+
 import random
 import signal
 
 import numpy
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import train_rlhf
-from train_rlhf import find_checkpoint, load_checkpoint, read_settings, save_checkpoint
+from train_rlhf import check_resume, checkpoint_path, load_checkpoint, read_checkpoint
 
-METRICS = [{"step": 1, "samples": 4}]
-SMALL = ["--device", "cpu", "--batch-size", "4", "--max-new-tokens", "8", "--eval-samples", "12"]
+RECORD = {"step": 1, "samples": 4, "success_rate": 0.5, "score": 0.0, "kl": 0.0, "approx_kl": 0.001}
+METRICS = [RECORD | {"skipped_updates": 0, "seconds": 1.0}]
+EPOCHS = ["--training-epochs", "2"]  # three steps
 
 
 @pytest.fixture
 def saved(build, step, make_settings):
     """Return a trainer after a step, with a checkpoint of it on the disk."""
-    settings = make_settings()
-    with train_rlhf.prepare_output(settings) as lock:
-        built = build(settings)
-        built.lock = lock
-        torch.manual_seed(0)
-        step(built)
-        built.trainer.optimizer.param_groups[0]["lr"] = 0.00123
-        save_checkpoint(built.trainer, settings, METRICS)
-        yield built
+    built = build(make_settings(*EPOCHS))
+    torch.manual_seed(0)
+    step(built)
+    built.trainer.optimizer.param_groups[0]["lr"] = 0.00123
+    checkpoint_path(built.settings.output_dir).parent.mkdir(parents=True)
+    save(built, METRICS)
+    return built
+
+
+@pytest.fixture
+def resume(saved, make_settings):
+    """Return settings with which the saved run would go on, or raise what is wrong with them."""
+
+    def check(*flags):
+        settings = make_settings(*EPOCHS, *flags, "--resume")
+        check_resume(settings, train_rlhf.RULES)
+        return settings
+
+    return check
+
+
+def learner(built):
+    return built.trainer.model, built.trainer.optimizer, built.trainer.accelerator.scaler
+
+
+def save(built, metrics):
+    train_rlhf.save_checkpoint(*learner(built), built.settings, metrics)
+
+
+def load(built, settings):
+    return load_checkpoint(*learner(built), settings, train_rlhf.RULES)
 
 
 def files(built):
-    return {entry.name for entry in find_checkpoint(built.settings).parent.iterdir()}
+    return {entry.name for entry in checkpoint_path(built.settings.output_dir).parent.iterdir()}
 
 
 def state(built):
@@ -39,10 +62,18 @@ def state(built):
     return tensors
 
 
-def next_step(built):
-    settings = built.settings
-    reward = train_rlhf.load_reward(settings)
-    return train_rlhf.take_step(built.trainer, built.tokenizer, reward, settings, step=2)
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def train_on(built, metrics):
+    """Let the script train to its last step; return all metrics but the seconds."""
+    settings, metrics = built.settings, [*metrics]
+    reward = train_rlhf.load_reward(settings.reward, settings.positive_words, settings.prompts[0])
+    train_rlhf.train(built.trainer, built.tokenizer, reward, settings, metrics)
+    assert len(metrics) == 3
+    return [record | {"seconds": 0} for record in metrics]
 
 
 def draw_random_numbers():
@@ -50,106 +81,81 @@ def draw_random_numbers():
         draw()
 
 
-def test_a_checkpoint_brings_everything_back(build, saved):
-    expected = state(saved)
-    texts, scores, stats = next_step(saved)
-    after = state(saved)
-
+# --------------------------------------------------------------------------------- what it brings back
+def test_a_checkpoint_brings_everything_back(build, saved, resume):
     other = build(saved.settings)
-    assert load_checkpoint(other.trainer, saved.settings) == METRICS
-    found = state(other)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert load(other, resume()) == METRICS
+    assert_same(state(other), state(saved))
     assert {group["lr"] for group in other.trainer.optimizer.param_groups} == {0.00123}
 
+    metrics = train_on(saved, METRICS)
     draw_random_numbers()
-    other_texts, other_scores, other_stats = next_step(other)
-    assert (other_texts, other_scores) == (texts, scores)
-    assert other_stats["objective/kl"] == stats["objective/kl"]
-    assert other_stats["ppo/loss/total"] == stats["ppo/loss/total"]
-    assert all(torch.equal(state(other)[name], value) for name, value in after.items())
+    assert train_on(other, METRICS) == metrics
+    assert_same(state(other), state(saved))
 
 
-def test_a_step_depends_on_no_random_number_drawn_before_it(build, make_settings):
-    settings = make_settings("--mini-batch-size", "2")  # so that TRL shuffles
-    reward, ends = train_rlhf.load_reward(settings), []
-    for disturb in (lambda: None, draw_random_numbers):
-        built = build(settings)
-        results = []
-        for step in (1, 2):
-            disturb()
-            texts, scores, stats = train_rlhf.take_step(
-                built.trainer, built.tokenizer, reward, settings, step
-            )
-            results.append((texts, scores, stats["objective/kl"], stats["ppo/loss/total"]))
-        ends.append((results, state(built)))
-    (results, tensors), (others, other_tensors) = ends
-    assert results == others
-    assert results[0][0] != results[1][0]  # nor are all steps one
-    assert all(torch.equal(other_tensors[name], value) for name, value in tensors.items())
-
-
-def test_a_checkpoint_holds_no_random_states(saved):
-    state, tensors = train_rlhf.read_checkpoint(find_checkpoint(saved.settings))
-    assert set(state) == {"settings", "model", "versions", "metrics", "param_groups", "scaler"}
-    assert {name.partition(".")[0] for name in tensors} == {"model", "optimizer"}
-
-
-def test_a_checkpoint_holds_no_base_weights(saved):
-    path = find_checkpoint(saved.settings)
-    assert all(
-        "lora_" in name or "v_head" in name for name in load_file(path) if name.startswith("model.")
+def test_a_step_depends_on_no_random_number_drawn_before_it(build, make_settings, monkeypatch):
+    settings = make_settings(*EPOCHS, "--mini-batch-size", "2")  # so that the batch is shuffled
+    checkpoint_path(settings.output_dir).parent.mkdir(parents=True)
+    calm, make_record = build(settings), train_rlhf.make_record
+    metrics = train_on(calm, [])
+    monkeypatch.setattr(
+        train_rlhf, "make_record", lambda *args: (draw_random_numbers(), make_record(*args))[1]
     )
-    assert files(saved) == {"lock", "state.safetensors"}
+    disturbed = build(settings)
+    draw_random_numbers()
+    assert train_on(disturbed, []) == metrics
+    assert_same(state(disturbed), state(calm))
+    assert metrics[0]["entropy"] != metrics[1]["entropy"]  # nor are all steps one
+
+
+def test_a_checkpoint_holds_what_is_needed_and_neither_random_states_nor_base_weights(saved):
+    state = read_checkpoint(saved.settings.output_dir)
+    assert set(state) == {"settings", "model", "metrics", "weights", "optimizer", "scaler"}
+    assert all("lora_" in name or "v_head" in name for name in state["weights"])
+    assert len(state["weights"]) == len(state["optimizer"]["state"])
+    assert files(saved) == {"state.pt"}
 
 
 def test_a_checkpoint_replaces_the_last_one_and_leaves_nothing_beside_it(saved):
-    save_checkpoint(saved.trainer, saved.settings, METRICS * 2)
-    path = find_checkpoint(saved.settings)
-    assert files(saved) == {"lock", "state.safetensors"}
-    assert train_rlhf.read_checkpoint(path)[0]["metrics"] == METRICS * 2
+    save(saved, METRICS * 2)
+    assert files(saved) == {"state.pt"}
+    assert read_checkpoint(saved.settings.output_dir)["metrics"] == METRICS * 2
 
 
-def test_a_crash_while_saving_leaves_a_whole_checkpoint(saved, monkeypatch):
+def test_weights_that_are_not_finite_never_replace_good_ones(saved):
+    with torch.no_grad():
+        saved.policy.v_head.summary.bias[0] = torch.nan
+    save(saved, METRICS * 2)
+    assert read_checkpoint(saved.settings.output_dir)["metrics"] == METRICS
+
+
+def test_before_the_first_step_there_is_nothing_to_save(saved):
+    save(saved, [])
+    assert read_checkpoint(saved.settings.output_dir)["metrics"] == METRICS
+
+
+def test_a_crash_while_saving_leaves_a_whole_checkpoint(saved, resume, monkeypatch):
     def crash(file):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(train_rlhf.os, "fsync", crash)
     with pytest.raises(OSError):
-        save_checkpoint(saved.trainer, saved.settings, METRICS * 2)
-    assert files(saved) == {"lock", "state.safetensors"}
-    assert load_checkpoint(saved.trainer, saved.settings) == METRICS
+        save(saved, METRICS * 2)
+    assert files(saved) == {"state.pt"}
+    assert load(saved, resume()) == METRICS
     monkeypatch.undo()
-    save_checkpoint(saved.trainer, saved.settings, METRICS * 2)
-    assert load_checkpoint(saved.trainer, saved.settings) == METRICS * 2
+    save(saved, METRICS * 2)
+    assert load(saved, resume()) == METRICS * 2
 
 
-# -------------------------------------------------------------------------------------------------- other settings
-def resume(saved, *flags):
-    saved.lock.release()  # else that run would be going on
-    settings = saved.settings
-    places = ["--model-name", settings.model_name, "--output-dir", settings.output_dir]
-    return read_settings([*places, *SMALL, *flags, "--resume"])
-
-
-def test_the_same_settings_can_go_on(saved):
-    assert resume(saved).resume is True
-
-
-def test_what_does_not_change_the_steps_may_change(saved):
-    flags = [
-        "--training-epochs",
-        "999",
-        "--eval-samples",
-        "7",
-        "--log-every",
-        "1",
-        "--eval-prompts",
-        "Hm",
-    ]
-    assert resume(saved, *flags, "--save-every", "3").training_epochs == 999
-    assert resume(saved, "--mini-batch-size", "2", "--max-grad-norm", "0").mini_batch_size == 2
-    assert resume(saved, "--device", "auto", "--target-approx-kl", "0").target_approx_kl == 0
+# ------------------------------------------------------------------------------------- other settings
+def test_what_does_not_change_the_steps_may_change(resume):
+    flags = "--training-epochs 999 --eval-samples 7 --log-every 1 --eval-prompts Hm --save-every 3"
+    assert resume(*flags.split()).training_epochs == 999
+    assert resume("--mini-batch-size", "2", "--max-grad-norm", "0").mini_batch_size == 2
+    assert resume("--device", "auto", "--target-approx-kl", "0").target_approx_kl == 0
+    assert resume("--eval-prompts").eval_prompts == []
 
 
 @pytest.mark.parametrize(
@@ -158,71 +164,43 @@ def test_what_does_not_change_the_steps_may_change(saved):
         ("--mini-batch-size 2", "MINI_BATCH_SIZE is 2 from now on, 0 until now"),
         ("--max-grad-norm 0.5", "MAX_GRAD_NORM is 0.5 from now on, 1.0 until now"),
         ("--target-approx-kl 0.001", "TARGET_APPROX_KL is 0.001 from now on, 0.0025 until now"),
-        ("--training-epochs 200", "TRAINING_EPOCHS is 200 from now on, 150 until now"),
+        ("--training-epochs 200", "TRAINING_EPOCHS is 200 from now on, 2 until now"),
         ("--eval-prompts Hm", "EVAL_PROMPTS is ['Hm'] from now on, ['Right now I am', "),
         ("--device auto", "DEVICE is auto from now on, cpu until now"),
     ],
     ids=lambda value: "",
 )
-def test_what_a_run_can_change_on_its_way_is_told(build, saved, capsys, monkeypatch, flags, line):
+def test_what_a_run_can_change_on_its_way_is_told(build, resume, capsys, monkeypatch, flags, line):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    settings = resume(saved, *flags.split())
+    settings = resume(*flags.split())
     other = build(settings)
     capsys.readouterr()
-    assert load_checkpoint(other.trainer, settings) == METRICS
+    assert load(other, settings) == METRICS
     (told,) = capsys.readouterr().out.splitlines()
     assert told.startswith(line)
     assert other.trainer.config.mini_batch_size == (settings.mini_batch_size or settings.batch_size)
     assert other.trainer.config.max_grad_norm == settings.max_grad_norm
 
 
-def test_what_did_not_change_is_not_told(saved, capsys):
-    settings = resume(saved)
-    load_checkpoint(saved.trainer, settings)
+def test_what_did_not_change_is_not_told(saved, resume, capsys):
+    load(saved, resume())
     assert capsys.readouterr().out == ""
 
 
 def test_a_model_is_the_same_however_its_folder_is_written(
-    build, demo_model, make_settings, monkeypatch, capsys
+    saved, resume, demo_model, monkeypatch, capsys
 ):
     monkeypatch.chdir(demo_model.parent)
-    settings = make_settings("--model-name", "demo_model")
-    with train_rlhf.prepare_output(settings):
-        built = build(settings)
-        save_checkpoint(built.trainer, settings, METRICS)
     for name in ("demo_model", "./demo_model", "demo_model/", "demo_model/../demo_model"):
-        again = make_settings("--model-name", name, "--resume")
-        load_checkpoint(built.trainer, again)
+        again = resume("--model-name", name)
+        load(saved, again)
         assert again.model_name == name
     assert capsys.readouterr().out == ""
-    with pytest.raises(
-        train_rlhf.SettingsError,
-        match="MODEL_NAME is demo_model2, but demo_model in the checkpoint",
-    ):
-        make_settings("--model-name", "demo_model2", "--resume")
-
-
-@pytest.mark.parametrize("part", ["lora_A", "lora_B", "v_head"])
-def test_a_checkpoint_that_lacks_a_weight_is_an_error_before_anything_is_changed(
-    call_main, saved, demo_model, capsys, part
-):
-    path, settings = find_checkpoint(saved.settings), saved.settings
-    state, tensors = train_rlhf.read_checkpoint(path)
-    lost = min(name for name in tensors if name.startswith("model.") and part in name)
-    kept = {name: tensor.clone() for name, tensor in tensors.items() if name != lost}
-    save_file(kept, path, {"state": json.dumps(state)})
-    before = {
-        entry: entry.read_bytes() for entry in path.parent.parent.rglob("*") if entry.is_file()
-    }
-    flags = ["--model-name", demo_model, "--output-dir", settings.output_dir, *SMALL]
-    saved.lock.release()
-    assert call_main(*flags, "--resume") == 2
-    err = capsys.readouterr().err
-    assert f" is broken (KeyError('{lost[:20]}" in err
-    assert "- RESUME is True: the checkpoint " in err and err.endswith(": start without it\n")
-    assert before == {
-        entry: entry.read_bytes() for entry in path.parent.parent.rglob("*") if entry.is_file()
-    }
+    was = train_rlhf.shorten(demo_model)
+    problem = f"MODEL_NAME is demo_model2, but {was} in the checkpoint"
+    with pytest.raises(train_rlhf.SettingsError) as error:
+        resume("--model-name", "demo_model2")
+    assert problem in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -235,57 +213,112 @@ def test_a_checkpoint_that_lacks_a_weight_is_an_error_before_anything_is_changed
     ],
     ids=lambda value: "",
 )
-def test_what_changes_the_steps_is_an_error(saved, flags, line):
+def test_what_changes_the_steps_is_an_error(saved, resume, flags, line):
     with pytest.raises(train_rlhf.SettingsError) as error:
-        resume(saved, *flags)
-    assert line.format(**vars(saved.settings)) in str(error.value)
-    assert "give that or start anew" in str(error.value)
+        resume(*flags)
+    (problem,) = error.value.problems
+    assert problem.startswith(line.format(**vars(saved.settings)))
+    assert problem.endswith(" in the checkpoint: give that or start anew")
 
 
-def test_fewer_steps_than_are_done_are_an_error(saved):
-    save_checkpoint(saved.trainer, saved.settings, METRICS * 9)
-    with pytest.raises(
-        train_rlhf.SettingsError,
-        match="TRAINING_EPOCHS is 1, which takes 2 steps, but the checkpoint has 9",
-    ):
-        resume(saved, "--training-epochs", "1")
+def test_fewer_steps_than_are_done_are_an_error(saved, resume):
+    save(saved, METRICS * 9)
+    problem = "TRAINING_EPOCHS is 1, which takes 2 steps, but the checkpoint has 9: give more"
+    with pytest.raises(train_rlhf.SettingsError, match=problem):
+        resume("--training-epochs", "1")
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"\2\0\0\0\0\0\0\0{}"])
-def test_a_broken_checkpoint_is_an_error_with_a_message(saved, content):
-    find_checkpoint(saved.settings).write_bytes(content)
-    with pytest.raises(train_rlhf.SettingsError, match="RESUME"):
-        resume(saved)
+# -------------------------------------------------------------------------------- broken checkpoints
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "v_head"])
+def test_a_checkpoint_that_lacks_a_weight_is_an_error_before_anything_is_changed(
+    call_main, saved, capsys, part
+):
+    settings, output = saved.settings, checkpoint_path(saved.settings.output_dir).parent.parent
+    state = read_checkpoint(output)
+    lost = min(name for name in state["weights"] if part in name)
+    del state["weights"][lost]
+    torch.save(state, checkpoint_path(output))
+
+    def contents():
+        entries = [path for path in output.rglob("*") if path.is_file() and path.name != "lock"]
+        return {path: path.read_bytes() for path in entries}
+
+    before = contents()
+    flags = ["--batch-size", 4, "--max-new-tokens", 8, "--eval-samples", 12, "--device", "cpu"]
+    flags += ["--model-name", settings.model_name, "--output-dir", output, *EPOCHS, "--resume"]
+    assert call_main(*flags) == 2
+    line = f"- RESUME is True: it can't be loaded (KeyError('{lost}')): start without it"
+    assert capsys.readouterr().err == f"Nothing was started or changed:\n{line}\n"
+    assert contents() == before
 
 
-# -------------------------------------------------------------------------------------------------------- signals
-@pytest.fixture
-def stop():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield train_rlhf.StopSignal()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+class Harmful:
+    """An object that does harm where it is unpickled."""
+
+    def __reduce__(self):
+        return exec, ("import train_rlhf; train_rlhf.harmed = True",)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_training_waits_for_the_end_of_the_step_and_a_second_does_not(stop, number):
-    stop.after_step = True
-    signal.raise_signal(number)
-    assert stop.signal == number
-    with pytest.raises(train_rlhf.Stopped):
+@pytest.mark.parametrize("content", ["empty", "text", "half", "of something else", "harmful"])
+def test_a_broken_checkpoint_is_an_error_with_a_message(saved, resume, monkeypatch, content):
+    monkeypatch.setattr(train_rlhf, "harmed", False, raising=False)
+    path = checkpoint_path(saved.settings.output_dir)
+    whole = path.read_bytes()
+    if content in ("of something else", "harmful"):
+        torch.save({"metrics": Harmful() if content == "harmful" else []}, path)
+    else:
+        path.write_bytes({"empty": b"", "text": b"{}", "half": whole[: len(whole) // 2]}[content])
+    with pytest.raises(train_rlhf.SettingsError) as error:
+        resume()
+    (problem,) = error.value.problems
+    assert problem.startswith("RESUME is True: it can't be loaded (")
+    assert problem.endswith("): start without it")
+    assert not train_rlhf.harmed
+
+
+# ------------------------------------------------------------------------------------------- signals
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+@SIGNALS
+def test_a_signal_while_training_waits_for_the_end_of_the_step_and_a_second_does_not(number):
+    before, reached = signal.getsignal(number), []
+    for signals in (1, 2):
+        with (
+            pytest.raises(train_rlhf.Stopped) as stopped,
+            train_rlhf.stop_on_signal(after_step=True) as stop,
+        ):
+            for _ in range(signals):
+                signal.raise_signal(number)
+                reached.append(stop.requested)
+        assert stopped.value.args == (number,)
+        assert signal.getsignal(number) == before
+    assert reached == [number, number]  # not a third time
+
+
+@SIGNALS
+def test_a_signal_outside_of_training_stops_at_once(number):
+    before, reached = signal.getsignal(number), []
+    with pytest.raises(train_rlhf.Stopped) as stopped, train_rlhf.stop_on_signal():
         signal.raise_signal(number)
+        reached.append("what comes after it")
+    assert stopped.value.args == (number,)
+    assert reached == []
+    assert signal.getsignal(number) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_outside_of_training_stops_at_once(stop, number):
-    with pytest.raises(train_rlhf.Stopped):
-        signal.raise_signal(number)
-    assert stop.signal == number
+def test_without_a_signal_nothing_is_raised():
+    with train_rlhf.stop_on_signal(after_step=True) as stop:
+        pass
+    assert stop.requested is None
 
 
 def test_a_run_stopped_before_its_first_step_says_that_there_is_nothing(
     call_main, demo_model, monkeypatch, capsys
 ):
-    monkeypatch.setattr(train_rlhf, "load_policy", lambda *args: signal.raise_signal(signal.SIGINT))
+    def stop(*args):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train_rlhf, "load_base_model", stop)
     assert call_main("--model-name", demo_model, "--device", "cpu") == 130
-    assert "nothing to save" in capsys.readouterr().err
+    assert capsys.readouterr().err == "\nStopped; there was nothing to save yet\n"

@@ -1,4 +1,4 @@
-"""A learner that is broken on purpose must not look like one that works: the report has to say so."""
+"""A learner that is broken on purpose must not look like one that works: the report says so."""
 
 import json
 import random
@@ -8,12 +8,19 @@ import torch
 
 import train_rlhf
 
-RUN = ["--device", "cpu", "--training-epochs", "60", "--save-every", "0", "--eval-samples", "120"]
+# Twelve steps that tell: with other seeds the whole learner rose by 6 standard errors or more (6
+# seeds), and one that was dealt wrong scores by 2 at most (13 seeds); 3 are called learning.
+RUN = (
+    *("--device", "cpu", "--save-every", "0", "--eval-prompts"),
+    *("--training-epochs", "40", "--batch-size", "20", "--max-new-tokens", "8"),
+    *("--target-approx-kl", "0.01", "--ppo-epochs", "2"),
+    *("--eval-samples", "120", "--eval-batch-size", "120"),
+)
 
 
 @pytest.fixture
 def outcome(call_main, demo_model, tmp_path, capsys):
-    """Train demo_model on 360 samples; return its report and what stood on the screen."""
+    """Train demo_model on 240 samples; return its report and what stood on the screen."""
 
     def run(*flags):
         assert call_main("--model-name", demo_model, *RUN, *flags) == 0
@@ -27,10 +34,13 @@ def test_the_whole_learner_learns_and_stays_close(outcome):
     report, screen = outcome()
     assert report["learned"] is True and report["close_to_base"] is True
     assert "did not learn" not in screen and "Little is left" not in screen
+    assert "has run away" not in screen
 
 
 def test_a_rate_of_0_has_not_learned(outcome):
-    report, screen = outcome("--learning-rate", "1e-12", "--target-approx-kl", "0")
+    # A few steps do: however many there are, none moves anything.
+    still = ("--learning-rate", "1e-12", "--target-approx-kl", "0", "--training-epochs", "10")
+    report, screen = outcome(*still)
     assert report["learned"] is False
     assert "this run did not learn" in screen
 
@@ -52,19 +62,22 @@ def test_scores_dealt_to_the_wrong_responses_have_taught_nothing(outcome, monkey
     assert "this run did not learn" in screen
 
 
-def test_a_kl_that_is_paid_for_is_not_called_close(outcome, monkeypatch):
-    build = train_rlhf.build_trainer
+@pytest.mark.parametrize(("sign", "close"), [(1, True), (-1, False)], ids=["costs", "is paid for"])
+def test_a_kl_that_is_paid_for_is_not_called_close(outcome, monkeypatch, sign, close):
+    make_trainer = train_rlhf.make_trainer
 
-    def flipped(policy, tokenizer, settings, *others):
-        trainer = build(policy, tokenizer, settings, *others)
-        trainer.kl_ctl.value = -settings.kl_coef
+    def priced(*arguments):
+        trainer = make_trainer(*arguments)
+        trainer.kl_ctl.value *= sign
         return trainer
 
-    monkeypatch.setattr(train_rlhf, "build_trainer", flipped)
-    report, screen = outcome()
-    assert report["close_to_base"] is False
-    assert (
-        report["trained"]["train_prompts"]["kl"]
-        > 4 * report["trained"]["train_prompts"]["kl_minimum"]
-    )
-    assert "the KL has run away to" in screen and "Little is left of the base model" in screen
+    monkeypatch.setattr(train_rlhf, "make_trainer", priced)
+    # At a rate that does not fall there are 3 to 4 nats in the end where the KL costs something,
+    # and 50 or more where it is paid for, with ten seeds each.
+    report, screen = outcome("--learning-rate", "0.003", "--target-approx-kl", "0")
+    trained = report["trained"]["train_prompts"]
+    assert report["close_to_base"] is close
+    assert ("the KL has run away to" in screen) is not close
+    assert ("Little is left of it" in screen) is not close
+    if not close:
+        assert trained["kl"] > 4 * trained["kl_minimum"]

@@ -1,11 +1,17 @@
+"""The figures of the report: each is worked out once more, by hand, and chance is no learning."""
+
 import math
+from contextlib import contextmanager
+from itertools import chain
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import train_rlhf
-from train_rlhf import kl_minimum, mean_kl_minimum
+from train_rlhf import kl_minimum
+
+METRICS = [{"samples": 60, "seconds": 3.0}]  # of a run, as far as the report needs them
 
 
 def kl(policy, base):
@@ -18,37 +24,35 @@ def with_success_rate(base, successes, rate):
     return torch.where(successes, base * rate / share, base * (1 - rate) / (1 - share))
 
 
+def random_distribution(generator):
+    return torch.softmax(torch.randn(20, generator=generator, dtype=torch.float64), dim=0)
+
+
 @pytest.fixture(scope="module")
 def toy():
     """Return a base distribution over 20 outcomes, and which of them are successes."""
-    generator = torch.Generator().manual_seed(0)
     successes = torch.zeros(20, dtype=torch.bool)
     successes[[0, 3, 4, 11, 19]] = True
-    return torch.softmax(
-        torch.randn(20, generator=generator, dtype=torch.float64), dim=0
-    ), successes
+    return random_distribution(torch.Generator().manual_seed(0)), successes
 
 
-# -------------------------------------------------------------------------------------------------------- KL bound
+# -------------------------------------------------------------------------------- the least KL
 @pytest.mark.parametrize("rate", [0.01, 0.2, 0.5, 0.8, 0.99])
 def test_the_base_model_with_other_odds_has_the_least_kl(toy, rate):
     base, successes = toy
-    base_rate = base[successes].sum().item()
-    least = kl_minimum(rate, base_rate)
+    least = kl_minimum(rate, base[successes].sum().item())
     tilted = with_success_rate(base, successes, rate)
     assert tilted[successes].sum().item() == pytest.approx(rate)
     assert kl(tilted, base) == pytest.approx(least, rel=1e-9)
     generator = torch.Generator().manual_seed(1)
     for _ in range(100):
-        noise = torch.softmax(torch.randn(20, generator=generator, dtype=torch.float64), dim=0)
-        policy = with_success_rate(noise, successes, rate)
+        policy = with_success_rate(random_distribution(generator), successes, rate)
         assert kl(policy, base) > least
 
 
-def test_the_bound_by_hand():
-    assert kl_minimum(0.95, 0.2) == pytest.approx(
-        0.95 * math.log(0.95 / 0.2) + 0.05 * math.log(0.05 / 0.8)
-    )
+def test_the_least_kl_by_hand():
+    by_hand = 0.95 * math.log(0.95 / 0.2) + 0.05 * math.log(0.05 / 0.8)
+    assert kl_minimum(0.95, 0.2) == pytest.approx(by_hand)
     assert kl_minimum(0.95, 0.2) == pytest.approx(1.34, abs=0.01)
 
 
@@ -56,68 +60,30 @@ def test_the_bound_by_hand():
     ("rate", "base_rate", "least"),
     [(0.3, 0.3, 0), (0, 0.25, math.log(4 / 3)), (1, 0.25, math.log(4)), (0, 0, 0), (1, 1, 0)],
 )
-def test_the_bound_at_the_edges(rate, base_rate, least):
+def test_the_least_kl_at_the_edges(rate, base_rate, least):
     assert kl_minimum(rate, base_rate) == pytest.approx(least)
 
 
-def test_the_bound_of_several_prompts_is_the_mean_of_theirs():
-    base = {"samples": 200, "success_by_prompt": {"a": 0.1, "b": 0.5}}
-    trained = {"samples": 200, "success_by_prompt": {"b": 0.9, "a": 0.6}}
-    assert mean_kl_minimum(base, trained) == pytest.approx(
-        (kl_minimum(0.6, 0.1) + kl_minimum(0.9, 0.5)) / 2
-    )
+@pytest.mark.parametrize("edge", [0.0, 1.0])
+def test_rates_of_so_many_samples_are_kept_half_a_sample_off_the_edges(edge):
+    near = abs(edge - 0.5 / 200)
+    assert kl_minimum(0.6, edge, 200) == pytest.approx(kl_minimum(0.6, near))
+    assert kl_minimum(edge, 0.6, 200) == pytest.approx(kl_minimum(near, 0.6))
+    assert kl_minimum(edge, edge, 200) == 0
+    assert kl_minimum(0.6, 0.3, 200) == kl_minimum(0.6, 0.3)
 
 
-def test_the_bound_of_many_prompts_with_few_samples_each_is_that_of_the_mean_rates():
-    base = {"samples": 4, "success_rate": 0.25, "success_by_prompt": {"a": 0.5, "b": 0.0}}
-    trained = {"samples": 4, "success_rate": 0.75, "success_by_prompt": {"a": 1.0, "b": 0.5}}
-    assert mean_kl_minimum(base, trained) == pytest.approx(kl_minimum(0.75, 0.25))
-
-
-@pytest.mark.parametrize("base_rate", [0.0, 1.0])
-def test_a_base_model_that_never_or_always_succeeded_leaves_the_bound_finite(base_rate):
-    base = {"samples": 200, "success_by_prompt": {"a": base_rate, "b": 0.5}}
-    trained = {"samples": 200, "success_by_prompt": {"a": 0.6, "b": 0.5}}
-    half = 0.5 / 100  # half a response of the 100 to each prompt
-    assert mean_kl_minimum(base, trained) == pytest.approx(
-        kl_minimum(0.6, abs(base_rate - half)) / 2
-    )
-
-
-# ----------------------------------------------------------------------------------------------------- the figures
+# --------------------------------------------------------------------------------- the figures
 @pytest.fixture(scope="module", params=[1.0, 2.0], ids="temperature {}".format)
-def trained(request, build, step, demo_model, tmp_path_factory):
-    """Return policy, tokenizer and trainer after a few steps that took the policy away from the base model."""
-    settings = train_rlhf.read_settings(
-        [
-            *(
-                "--model-name",
-                str(demo_model),
-                "--output-dir",
-                str(tmp_path_factory.mktemp("measured")),
-            ),
-            *(
-                "--device",
-                "cpu",
-                "--batch-size",
-                "6",
-                "--max-new-tokens",
-                "20",
-                "--learning-rate",
-                "0.003",
-            ),
-            *(
-                "--eval-samples",
-                "18",
-                "--eval-batch-size",
-                "7",
-                "--temperature",
-                str(request.param),
-            ),
-        ]
+def trained(request, build, read_settings, step, demo_model, tmp_path_factory):
+    """Return what build returns, after a few steps away from the base model."""
+    output = tmp_path_factory.mktemp("measured")
+    settings = read_settings(
+        *("--model-name", str(demo_model), "--output-dir", str(output), "--device", "cpu"),
+        *("--batch-size", "6", "--max-new-tokens", "20", "--learning-rate", "0.003"),
+        *("--eval-samples", "18", "--eval-batch-size", "7", "--temperature", str(request.param)),
     )
     built = build(settings)
-    built.reward = train_rlhf.load_reward(settings)
     torch.manual_seed(0)
     for _ in range(4):
         step(built)
@@ -126,28 +92,51 @@ def trained(request, build, step, demo_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def by_hand(trained, demo_model):
-    """Work out KL and log-probability under the base model of one response, without padding and without TRL."""
+    """Return KL and base logprob of one response, without padding and without TRL."""
     base = AutoModelForCausalLM.from_pretrained(demo_model).float()
 
     @torch.no_grad()
+    def logprobs(model, query, response):
+        logits = model(torch.cat([query, response])[None]).logits[0, len(query) - 1 : -1]
+        return torch.log_softmax(logits.double() / trained.settings.temperature, dim=-1)
+
     def compute(query, response):
-        logprobs, ref_logprobs = (
-            torch.log_softmax(
-                model(torch.cat([query, response])[None]).logits[0, len(query) - 1 : -1].double()
-                / trained.settings.temperature,
-                dim=-1,
-            )
-            for model in (trained.policy.pretrained_model, base)
-        )
-        kl = sum((p.exp() * (p - ref)).sum().item() for p, ref in zip(logprobs, ref_logprobs))
-        return kl, sum(ref[token].item() for ref, token in zip(ref_logprobs, response))
+        of_policy = logprobs(trained.policy.pretrained_model, query, response)
+        of_base = logprobs(base, query, response)
+        total = sum((p.exp() * (p - ref)).sum().item() for p, ref in zip(of_policy, of_base))
+        return total, sum(ref[token].item() for ref, token in zip(of_base, response))
 
     return compute
 
 
-def measure(built, prompts, base=False):
-    return train_rlhf.measure(
-        built.trainer, built.tokenizer, prompts, built.reward, built.settings, base=base
+@pytest.fixture
+def batches(monkeypatch):
+    """Return the batches that are rolled out from now on; their responses differ in length."""
+    rolled_out, rollout = [], train_rlhf.rollout
+
+    def uneven(policy, tokenizer, prompts):
+        queries, responses, texts = rollout(policy, tokenizer, prompts)
+        responses = [response[: len(response) - i] for i, response in enumerate(responses)]
+        rolled_out.append((prompts, queries, responses, texts))
+        return queries, responses, texts
+
+    monkeypatch.setattr(train_rlhf, "rollout", uneven)
+    return rolled_out
+
+
+def graded(text):
+    """Return -1, 0 or 1: a reward with scores that are neither good nor bad."""
+    return len(text) % 3 - 1
+
+
+def measure(built, prompts, reward=graded):
+    return train_rlhf.measure(built.trainer, built.tokenizer, prompts, reward, built.settings)
+
+
+def make_report(built):
+    settings = built.settings
+    return train_rlhf.make_report(
+        built.trainer, built.tokenizer, graded, settings, METRICS, "cpu", "float32"
     )
 
 
@@ -165,85 +154,113 @@ def test_kl_and_log_probability_are_sums_over_the_response(trained, by_hand):
         assert ref_logprob.item() == pytest.approx(wanted_logprob, rel=1e-4)
 
 
-def test_the_figures_of_a_measurement(trained, by_hand, monkeypatch):
-    batches, rollout = [], train_rlhf.rollout
+def test_the_figures_of_a_measurement(trained, by_hand, batches):
+    scores = []
 
-    def uneven(*args):
-        queries, responses, texts, scores = rollout(*args)
-        batches.append((queries, [r[: len(r) - i] for i, r in enumerate(responses)], texts, scores))
-        return batches[-1]
+    def reward(text):
+        scores.append(graded(text))
+        return scores[-1]
 
-    monkeypatch.setattr(train_rlhf, "rollout", uneven)
     prompts = trained.settings.eval_prompts
-    measured = measure(trained, prompts)
-    queries, responses, texts, scores = (
-        [item for batch in batches for item in batch[i]] for i in range(4)
-    )
+    measured = measure(trained, prompts, reward)
     assert [len(batch[0]) for batch in batches] == [7, 7, 4]  # of EVAL_BATCH_SIZE 7
+    asked, queries, responses, texts = ([*chain(*lists)] for lists in zip(*batches))
+    assert asked == [prompt for prompt in prompts for _ in range(3)]
+    decoded = [trained.tokenizer.decode(query, skip_special_tokens=True) for query in queries]
+    assert decoded == asked
 
     kls, logprobs = zip(*(by_hand(query, response) for query, response in zip(queries, responses)))
-    tokens = sum(map(len, responses))
+    perplexity = math.exp(-sum(logprobs) / sum(map(len, responses)))
     assert measured["samples"] == 18
     assert measured["kl"] == pytest.approx(sum(kls) / 18, rel=1e-3)
-    assert measured["perplexity_under_base"] == pytest.approx(
-        math.exp(-sum(logprobs) / tokens), rel=1e-4
-    )
-    assert measured["success_rate"] == scores.count(1.0) / 18
+    assert measured["perplexity_under_base"] == pytest.approx(perplexity, rel=1e-4)
+    assert len(set(scores)) == 3  # or the next two would tell little
+    assert measured["success_rate"] == scores.count(1) / 18
     assert measured["score"] == pytest.approx(sum(scores) / 18)
     assert measured["distinct"] == len(set(texts)) / 18
-    asked = [trained.tokenizer.decode(query, skip_special_tokens=True) for query in queries]
-    assert asked == [prompt for prompt in prompts for _ in range(3)]
-    for i, prompt in enumerate(prompts):
-        assert measured["success_by_prompt"][prompt] == scores[3 * i : 3 * i + 3].count(1.0) / 3
-        assert measured["first_sample"][prompt] == texts[3 * i]
+    assert measured["first_sample"] == dict(zip(prompts, texts[::3]))
 
 
-def test_prompts_share_the_samples_evenly(trained):
-    measured = measure(
-        trained, ["Life is", "My day was", "I", "You", "We"]
-    )  # 18 samples for 5 prompts
-    assert measured["samples"] == 20
-    assert all(rate * 4 == round(rate * 4) for rate in measured["success_by_prompt"].values())
+def test_responses_that_are_alike_are_counted_once_as_distinct(trained, monkeypatch):
+    rollout = train_rlhf.rollout
+
+    def alike(*arguments):
+        queries, responses, texts = rollout(*arguments)
+        return queries, responses, [" the same"] * len(texts)
+
+    monkeypatch.setattr(train_rlhf, "rollout", alike)
+    assert measure(trained, ["Life is"])["distinct"] == 1 / 18
+
+
+def test_prompts_share_the_samples_evenly(trained, batches):
+    prompts = ["Life is", "My day was", "I", "You", "We"]  # 18 samples for 5 prompts
+    assert measure(trained, prompts)["samples"] == 20
+    asked = [prompt for batch in batches for prompt in batch[0]]
+    assert asked == [prompt for prompt in prompts for _ in range(4)]
 
 
 def test_the_base_model_is_at_no_kl_of_itself(trained):
-    measured = measure(trained, trained.settings.prompts, base=True)
-    assert measured["kl"] == 0
+    with trained.trainer.optional_peft_ctx():
+        assert measure(trained, trained.settings.prompts)["kl"] == 0
     assert measure(trained, trained.settings.prompts)["kl"] > 0.01
 
 
-def test_a_measurement_can_be_repeated(trained):
-    first = measure(trained, trained.settings.prompts)
-    torch.manual_seed(123)  # whatever happened in between
-    assert measure(trained, trained.settings.prompts) == first
-    assert measure(trained, trained.settings.eval_prompts)["first_sample"] != first["first_sample"]
-
-
-def test_another_seed_gives_other_samples(trained, monkeypatch):
-    first = measure(trained, trained.settings.prompts)
-    monkeypatch.setattr(trained.settings, "seed", 1)
-    assert measure(trained, trained.settings.prompts)["first_sample"] != first["first_sample"]
-
-
-def test_a_measurement_trains_nothing(trained):
+def test_a_report_can_be_repeated_differs_by_seed_and_trains_nothing(trained, monkeypatch):
     before = {name: value.clone() for name, value in trained.policy.state_dict().items()}
-    measure(trained, trained.settings.prompts)
-    assert all(
-        torch.equal(value, before[name]) for name, value in trained.policy.state_dict().items()
-    )
+    monkeypatch.setattr(trained.settings, "eval_samples", 6)  # one to each prompt is enough here
+    first = make_report(trained)
+    torch.manual_seed(123)  # whatever happened in between
+    second = make_report(trained)
+    monkeypatch.setattr(trained.settings, "seed", 1)
+    other = make_report(trained)
+    for model in ("base", "trained"):
+        assert second[model] == first[model]
+        in_training, held_out = (first[model][name]["first_sample"] for name in first[model])
+        assert list(in_training) == trained.settings.prompts
+        assert list(held_out) == trained.settings.eval_prompts
+        assert list(in_training.values()) != list(held_out.values())
+        assert other[model]["train_prompts"]["first_sample"] != in_training
+    after = trained.policy.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-# ------------------------------------------------------------------------------------------------------ did it learn
-def test_an_untrained_policy_has_not_learned(build, make_settings):
+# -------------------------------------------------------------------------------- did it learn
+def test_an_untrained_policy_has_not_learned(build, make_settings, capsys):
     built = build(make_settings())
-    reward = train_rlhf.load_reward(built.settings)
-    report = train_rlhf.evaluate(built.trainer, built.tokenizer, reward, built.settings)
-    assert report["learned"] is False
-    for prompts in ("train_prompts", "eval_prompts"):
-        base, trained = (dict(report[model][prompts]) for model in ("base", "trained"))
-        assert base == trained  # the same samples
-        assert base["kl"] == 0
-        assert base["kl_minimum"] == pytest.approx(trained["kl_minimum"])
+    report = make_report(built)
+    assert report["learned"] is False and report["close_to_base"] is True
+    assert report["base"] == report["trained"]  # the same samples
+    assert list(report["base"]) == ["train_prompts", "eval_prompts"]
+    for measured in report["base"].values():
+        assert measured["kl"] == measured["kl_minimum"] == 0
+    assert (report["samples"], report["seconds"], report["samples_per_second"]) == (60, 3.0, 20.0)
+    assert "Measuring before and after, 12 samples each time" in capsys.readouterr().out
+
+
+@pytest.fixture
+def report_of(make_settings, monkeypatch):
+    """Return the report of a run whose measurements gave this, before and after."""
+
+    class Trainer:
+        is_base = False
+
+        @contextmanager
+        def optional_peft_ctx(self):
+            self.is_base = True
+            yield
+            self.is_base = False
+
+    def make(base_rate, rate, samples, kl=1.0):
+        def measured(trainer, tokenizer, prompts, reward, settings):
+            share = base_rate if trainer.is_base else rate
+            distance = 0.0 if trainer.is_base else kl
+            return {"success_rate": share, "samples": samples, "kl": distance}
+
+        monkeypatch.setattr(train_rlhf, "measure", measured)
+        settings = make_settings("--max-new-tokens", "8")
+        return train_rlhf.make_report(Trainer(), None, None, settings, METRICS, "cpu", "float32")
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -257,17 +274,24 @@ def test_an_untrained_policy_has_not_learned(build, make_settings):
         (0.5, 12, False),
     ],
 )
-def test_a_rise_within_chance_is_not_called_learning(
-    make_settings, monkeypatch, rate, samples, learned
-):
-    def measured(*args, base):
-        share = 0.25 if base else rate
-        return {
-            "success_rate": share,
-            "samples": samples,
-            "success_by_prompt": {"Life is": share},
-            "kl": 1.0,
-        }
+def test_a_rise_within_chance_is_not_called_learning(report_of, rate, samples, learned):
+    assert report_of(0.25, rate, samples)["learned"] is learned
 
-    monkeypatch.setattr(train_rlhf, "measure", measured)
-    assert train_rlhf.evaluate(None, None, None, make_settings())["learned"] is learned
+
+@pytest.mark.parametrize("edge", [0.0, 1.0])
+def test_a_rate_that_stays_at_the_edge_is_not_called_learning(report_of, edge):
+    assert report_of(edge, edge, 240)["learned"] is False
+
+
+@pytest.mark.parametrize(("kl", "close"), [(8.0, True), (8.1, False)])
+def test_close_is_a_nat_per_token_at_most(report_of, kl, close):
+    assert report_of(0.25, 0.9, 240, kl)["close_to_base"] is close
+
+
+@pytest.mark.parametrize("base_rate", [0.0, 0.25, 1.0])
+def test_the_report_has_the_least_kl_of_the_rates_that_were_measured(report_of, base_rate):
+    report = report_of(base_rate, 0.6, 200)
+    for prompts in ("train_prompts", "eval_prompts"):
+        assert report["base"][prompts]["kl_minimum"] == 0
+        least = report["trained"][prompts]["kl_minimum"]
+        assert least == kl_minimum(0.6, base_rate, 200) and 0 < least < math.inf

@@ -3,33 +3,41 @@
 import json
 import math
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
 
 import train_rlhf
 
 STEPS = 5
-SMALL = [
-    *(
-        "--device",
-        "cpu",
-        "--batch-size",
-        "6",
-        "--training-epochs",
-        str(STEPS),
-        "--max-new-tokens",
-        "4",
-    ),
-    *("--ppo-epochs", "2", "--eval-samples", "6", "--save-every", "1"),
-]
-BAD = [math.nan, math.inf]
+SMALL = ["--device", "cpu", "--batch-size", "6", "--training-epochs", str(STEPS)]
+SMALL += ["--max-new-tokens", "4", "--ppo-epochs", "2", "--eval-samples", "6", "--save-every", "1"]
 TOLD = "updates skipped, since their numbers were not finite: 2"
-REMEDY = "lower TARGET_APPROX_KL, or start anew with a lower LEARNING_RATE or with DTYPE float32"
+REMEDY = "lower TARGET_APPROX_KL, or start anew with a lower LEARNING_RATE or DTYPE float32"
 
 
+def trained(trainer):
+    return {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
+
+
+def state_of(trainer):
+    """Return copies of all that an update may move: what is trained, and Adam's moments of it."""
+    moments = trainer.optimizer.state_dict()["state"].values()
+    moments = [value for moment in moments for value in moment.values()]
+    return [tensor.detach().clone() for tensor in [*trained(trainer).values(), *moments]]
+
+
+def is_same(before, after):
+    """Return whether two states are equal bit for bit; a NaN is equal to a NaN."""
+    pairs = zip(before, after)
+    same = (torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in pairs)
+    return len(before) == len(after) and all(same)
+
+
+# ---------------------------------------------------------------------------- ways to spoil a step
 @contextmanager
 def bad_logits(trainer, value):
     """Spoil all logits, those of sampling too."""
@@ -41,7 +49,7 @@ def bad_logits(trainer, value):
 
 @contextmanager
 def bad_gradient(trainer, value):
-    """Spoil one element of the gradient of one weight."""
+    """Spoil one element of the gradient of one weight; the loss stays finite."""
 
     def spoil(gradient):
         gradient = gradient.clone()
@@ -53,24 +61,49 @@ def bad_gradient(trainer, value):
     handle.remove()
 
 
-def spoiled_result(name, index):
-    """Return a way to spoil the first response's last token in a result of the trainer's method."""
-
-    @contextmanager
-    def bad_result(trainer, value):
-        method = getattr(trainer, name)
-
-        def spoiled(*args, **kwargs):
-            results = method(*args, **kwargs)
-            mask = args[-1] if args else kwargs["mask"]
-            results[index][0, mask[0].nonzero()[-1]] = value
-            return results
-
-        setattr(trainer, name, spoiled)
+@contextmanager
+def bad_loss(trainer, value):
+    """Spoil the loss by a constant; the gradient stays finite."""
+    with replaced(trainer, "loss", lambda method, **kwargs: add(value, *method(**kwargs))):
         yield
-        delattr(trainer, name)
 
-    return bad_result
+
+def add(value, policy_loss, *others):
+    return policy_loss + value, *others
+
+
+@contextmanager
+def bad_reward(trainer, value):
+    """Spoil the reward of the first response's last token."""
+
+    def spoiled(method, values, rewards, mask):
+        rewards[0, mask[0].nonzero()[-1]] = value
+        return method(values, rewards, mask)
+
+    with replaced(trainer, "compute_advantages", spoiled):
+        yield
+
+
+@contextmanager
+def bad_return(trainer, value):
+    """Spoil the return, and so the advantage, of the first response's last token."""
+
+    def spoiled(method, values, rewards, mask):
+        results = method(values, rewards, mask)
+        results[2][0, mask[0].nonzero()[-1]] = value
+        return results
+
+    with replaced(trainer, "compute_advantages", spoiled):
+        yield
+
+
+@contextmanager
+def replaced(trainer, name, function):
+    """Let the function, which gets the method first, stand for a method of the trainer."""
+    method = getattr(trainer, name)
+    setattr(trainer, name, lambda *args, **kwargs: function(method, *args, **kwargs))
+    yield
+    delattr(trainer, name)
 
 
 @contextmanager
@@ -81,45 +114,32 @@ def bad_weight(trainer, value):
     yield
 
 
-WAYS = {
-    "logits": bad_logits,
-    "gradient": bad_gradient,
-    "reward": spoiled_result("compute_rewards", 0),
-    "advantage": spoiled_result("compute_advantages", 1),
-}
-
-
-def trained(trainer):
-    return {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
-
-
 @pytest.fixture
 def spoil(monkeypatch):
-    """Spoil some steps; return {step: whether it left the trained weights and their moments bit for bit equal}."""
+    """Spoil some steps; return {step: whether nothing moved in it, bit for bit}."""
 
     def start(way, value, *steps):
-        take_step, untouched = train_rlhf.take_step, {}
+        trainers, untouched, now = [], {}, {}
+        names = ("make_trainer", "prompts_of_step", "make_record")
+        make_trainer, prompts_of_step, make_record = (getattr(train_rlhf, name) for name in names)
 
-        def state(trainer):
-            moments = trainer.optimizer.state_dict()["state"].values()
-            tensors = [
-                *trained(trainer).values(),
-                *(value for moment in moments for value in moment.values()),
-            ]
-            return [tensor.clone() for tensor in tensors]
+        def make(*args):
+            trainers.append(make_trainer(*args))
+            return trainers[-1]
 
-        def take(trainer, tokenizer, reward, settings, step):
-            with way(trainer, value) if step in steps else nullcontext():
-                before = state(trainer)
-                result = take_step(trainer, tokenizer, reward, settings, step)
-                after = state(trainer)
-            same = (
-                torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(before, after)
-            )
-            untouched[step] = len(before) == len(after) and all(same)
-            return result
+        def begin(step, *args):
+            now["way"] = way(trainers[-1], value) if step in steps else nullcontext()
+            now["way"].__enter__()
+            now["before"] = state_of(trainers[-1])
+            return prompts_of_step(step, *args)
 
-        monkeypatch.setattr(train_rlhf, "take_step", take)
+        def end(step, *args):
+            untouched[step] = is_same(now["before"], state_of(trainers[-1]))
+            now["way"].__exit__(None, None, None)
+            return make_record(step, *args)
+
+        for name, function in zip(names, (make, begin, end)):
+            monkeypatch.setattr(train_rlhf, name, function)
         return untouched
 
     return start
@@ -132,11 +152,10 @@ def train(build, make_settings, monkeypatch):
 
     def start(*flags):
         settings = make_settings(*SMALL, *flags)
-        with train_rlhf.prepare_output(settings):
+        reward = train_rlhf.load_reward(settings.reward, settings.positive_words, "Life is")
+        with train_rlhf.claim_output(settings.output_dir, resume=False):
             built, metrics = build(settings), []
-            stop = train_rlhf.SimpleNamespace(signal=None)
-            reward = train_rlhf.load_reward(settings)
-            train_rlhf.train(built.trainer, built.tokenizer, reward, settings, metrics, stop)
+            train_rlhf.train(built.trainer, built.tokenizer, reward, settings, metrics)
         return metrics
 
     return start
@@ -150,26 +169,30 @@ def read_metrics(folder):
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-def read_checkpoint(folder):
-    return train_rlhf.read_checkpoint(folder / "checkpoint" / "state.safetensors")
-
-
-# ------------------------------------------------------------------------------------------------- a single bad step
-@pytest.mark.parametrize("value", BAD)
-@pytest.mark.parametrize("kind", WAYS)
-def test_a_bad_step_changes_no_weight_is_counted_and_told_and_the_run_goes_on(
-    train, spoil, tmp_path, capsys, kind, value
+# ------------------------------------------------------------------------------- a single bad step
+@pytest.mark.parametrize(
+    ("way", "value"),
+    [
+        (bad_logits, math.nan),
+        (bad_logits, math.inf),
+        (bad_gradient, math.nan),
+        (bad_gradient, math.inf),
+        (bad_loss, math.inf),
+        (bad_reward, math.nan),
+        (bad_return, -math.inf),
+    ],
+)
+def test_a_bad_step_moves_nothing_is_counted_and_told_and_the_run_goes_on(
+    train, spoil, tmp_path, capsys, way, value
 ):
-    untouched = spoil(WAYS[kind], value, 3)
+    untouched = spoil(way, value, 3)
     metrics = train()
     assert untouched == {step: step == 3 for step in range(1, STEPS + 1)}
     assert [record["skipped_updates"] for record in metrics] == [0, 0, 2, 0, 0]
     assert read_metrics(tmp_path / "trained_model") == metrics
     assert capsys.readouterr().out.count(TOLD) == 1
-    assert all(
-        tensor.isfinite().all()
-        for tensor in read_checkpoint(tmp_path / "trained_model")[1].values()
-    )
+    weights = train_rlhf.read_checkpoint(tmp_path / "trained_model")["weights"]
+    assert all(weight.isfinite().all() for weight in weights.values())
 
 
 def test_what_is_not_finite_is_null_in_the_metrics_and_nothing_else_is(train, spoil, tmp_path):
@@ -177,38 +200,23 @@ def test_what_is_not_finite_is_null_in_the_metrics_and_nothing_else_is(train, sp
     train()
     metrics = read_metrics(tmp_path / "trained_model")
     nulls = [{name for name, value in record.items() if value is None} for record in metrics]
-    assert nulls[2] >= {"kl", "reward", "approx_kl", "policy_loss"}
-    assert not nulls[2] & {
-        "step",
-        "samples",
-        "success_rate",
-        "score",
-        "learning_rate",
-        "skipped_updates",
-    }
+    assert nulls[2] >= {"kl", "reward", "approx_kl", "policy_loss", "value_loss", "entropy"}
+    known = {"step", "samples", "epoch", "success_rate", "score", "kl_coef", "learning_rate"}
+    assert not nulls[2] & {*known, "skipped_updates", "distinct", "seconds"}
     assert not any(nulls[:2] + nulls[3:])
     assert metrics[3]["learning_rate"] == pytest.approx(metrics[2]["learning_rate"] / 1.5)
 
 
-def test_no_checkpoint_is_taken_of_a_bad_step_but_the_last(train, spoil, monkeypatch):
+def test_bad_steps_with_good_ones_in_between_stop_no_run_but_are_not_saved_before_the_end(
+    train, spoil, monkeypatch
+):
     saved, save = [], train_rlhf.save_checkpoint
     monkeypatch.setattr(
-        train_rlhf, "save_checkpoint", lambda *args: saved.append(len(args[2])) or save(*args)
+        train_rlhf, "save_checkpoint", lambda *args: saved.append(len(args[-1])) or save(*args)
     )
-    spoil(bad_logits, math.nan, 2, STEPS - 1, STEPS)
-    train()
-    assert saved == [1, 3, STEPS]
-
-
-def test_bad_steps_with_good_ones_in_between_stop_no_run(train, spoil):
     spoil(bad_logits, math.nan, 1, 2, 4, 5)
-    assert [bool(record["skipped_updates"]) for record in train()] == [
-        True,
-        True,
-        False,
-        True,
-        True,
-    ]
+    assert [record["skipped_updates"] for record in train()] == [2, 2, 0, 2, 2]
+    assert saved == [3, STEPS]
 
 
 def test_a_run_with_a_bad_step_is_measured_and_saved(
@@ -218,29 +226,82 @@ def test_a_run_with_a_bad_step_is_measured_and_saved(
     assert call_main("--model-name", demo_model, *SMALL) == 0
     assert f"step {STEPS}: {TOLD}" in capsys.readouterr().out
     folder = tmp_path / "trained_model"
-    assert all(
-        weight.isfinite().all() for weight in load_file(folder / "model.safetensors").values()
-    )
-    assert "NaN" not in (folder / "report.json").read_text(encoding="utf-8")
+    weights = load_file(folder / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+    report = (folder / "report.json").read_text(encoding="utf-8")
+    assert "NaN" not in report and "Infinity" not in report
 
 
-@pytest.mark.parametrize(
-    ("loss", "skipped", "counted"), [(math.nan, True, 1), (1.0, True, 0), (1.0, False, 0)]
-)
-def test_what_the_scaler_of_float16_leaves_out_counts_where_the_loss_is_bad(
-    build, make_settings, monkeypatch, loss, skipped, counted
-):
-    """The scaler also skips updates while it looks for its scale, which is no fault of the numbers."""
-    trainer = build(make_settings()).trainer
-    monkeypatch.setattr(
-        train_rlhf.PPOTrainer, "train_minibatch", lambda *args: {"loss/total": torch.tensor(loss)}
-    )
-    trainer.optimizer, trainer.skipped_updates = SimpleNamespace(step_was_skipped=skipped), 0
-    trainer.train_minibatch()
-    assert trainer.skipped_updates == counted
+# -------------------------------------------------------------------------- the scaler of float16
+@pytest.fixture
+def learn(build, step, make_settings, monkeypatch):
+    """Take a step of one update whose gradients pass through float16.
+
+    With a scale, what accelerate sets up for float16 on a GPU scales the loss, here on a CPU.
+    Returns what has come of it.
+    """
+
+    def start(scale=None, spoiled=nullcontext):
+        built = build(make_settings("--ppo-epochs", "1", "--target-approx-kl", "0"))
+        trainer, seen = built.trainer, {"steps": 0, "norms": []}
+        accelerator, scaler = trainer.accelerator, None
+        if scale:
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+            accelerator.scaler, accelerator.native_amp = scaler, True
+            accelerator._optimizers = [trainer.optimizer]
+            monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+        for weight in trained(trainer).values():
+            weight.register_hook(lambda gradient: gradient.half().float())
+
+        def see_clip(*args, clip=accelerator.clip_grad_norm_):
+            seen["norms"].append(clip(*args).item())
+            return torch.tensor(seen["norms"][-1])
+
+        def see_step(update=trainer.optimizer.step):
+            seen["steps"] += 1
+            update()
+
+        monkeypatch.setattr(accelerator, "clip_grad_norm_", see_clip)
+        monkeypatch.setattr(trainer.optimizer, "step", see_step)
+        torch.manual_seed(0)
+        before = state_of(trainer)
+        with spoiled(trainer):
+            seen |= step(built)
+        after = state_of(trainer)
+        moments = trainer.optimizer.state_dict()["state"].values()
+        seen |= {"same": is_same(before, after), "scale": scaler and scaler.get_scale()}
+        return seen | {"moments": [moment["exp_avg"].flatten() for moment in moments]}
+
+    return start
 
 
-# ------------------------------------------------------------------------------------------------------ three in a row
+def test_with_good_numbers_a_scaled_loss_moves_the_weights_as_an_unscaled_one(learn):
+    plain, scaled = learn(), learn(scale=256.0)
+    assert (scaled["steps"], scaled["skipped_updates"]) == (1, 0)
+    assert scaled["scale"] == 256.0 and not scaled["same"]
+    # It is the gradient itself that is clipped, not what is 256 times as long.
+    assert scaled["norms"] == pytest.approx(plain["norms"], rel=1e-2)
+    moments, expected = torch.cat(scaled["moments"]), torch.cat(plain["moments"])
+    assert (moments - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_scale_that_is_too_large_is_lowered_and_nothing_is_counted(learn):
+    """The scaler looks for its scale so, which is no fault of the numbers."""
+    seen = learn(scale=2.0**30)
+    assert math.isfinite(seen["policy_loss"] + seen["value_loss"])
+    assert not math.isfinite(seen["norms"][0])
+    assert seen["same"] and seen["scale"] == 2.0**29
+    assert (seen["steps"], seen["skipped_updates"]) == (1, 0)
+
+
+def test_a_loss_that_is_not_finite_is_counted_with_a_scaler_too(learn):
+    seen = learn(scale=256.0, spoiled=lambda trainer: bad_return(trainer, math.nan))
+    assert seen["same"] and seen["scale"] == 128.0
+    assert (seen["steps"], seen["skipped_updates"]) == (1, 1)
+
+
+# ---------------------------------------------------------------------------------- three in a row
 @pytest.mark.parametrize("way", [bad_logits, bad_weight])
 def test_three_bad_steps_in_a_row_end_the_run_and_it_can_go_on_from_before(
     call_main, spoil, demo_model, tmp_path, monkeypatch, capsys, way
@@ -252,13 +313,13 @@ def test_three_bad_steps_in_a_row_end_the_run_and_it_can_go_on_from_before(
     out, err = capsys.readouterr()
     assert out.count(TOLD) == 3
     assert err == (
-        f"\nStopped: three steps in a row had updates with numbers that are not finite: {REMEDY}; "
+        f"\nStopped: three steps in a row had updates that are not finite: {REMEDY}; "
         "what was learned up to step 2 is saved. To go on, run the same line with --resume\n"
     )
     assert [record["skipped_updates"] for record in read_metrics(folder)] == [0, 0, 2, 2, 2]
-    state, tensors = read_checkpoint(folder)
+    state = train_rlhf.read_checkpoint(folder)
     assert len(state["metrics"]) == 2
-    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert all(weight.isfinite().all() for weight in state["weights"].values())
     assert not (folder / "model.safetensors").exists() and not (folder / "report.json").exists()
 
     monkeypatch.undo()
@@ -273,15 +334,15 @@ def test_a_model_with_weights_that_are_not_finite_is_not_saved(
 ):
     spoil(bad_weight, math.nan, STEPS)
     assert call_main("--model-name", demo_model, *SMALL) == 1
-    message = "Stopped: what was measured is not finite: set DTYPE to float32, or lower TARGET_APPROX_KL; what was"
-    assert capsys.readouterr().err.startswith(
-        f"\n{message} learned up to step {STEPS - 1} is saved."
-    )
+    remedy = "set DTYPE to float32, or lower TARGET_APPROX_KL"
+    saved = f"what was learned up to step {STEPS - 1} is saved."
+    message = f"\nStopped: what was measured is not finite: {remedy}; {saved}"
+    assert capsys.readouterr().err.startswith(message)
     assert not list((tmp_path / "trained_model").rglob("model.safetensors"))
 
 
-# -------------------------------------------------------------------------------------------------------- a base model
-@pytest.mark.parametrize("value", BAD)
+# ------------------------------------------------------------------------------------ a base model
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_base_model_with_weights_that_are_not_finite_is_told_before_anything_starts(
     call_main, copy_of_demo_model, tmp_path, capsys, value
 ):
@@ -297,108 +358,106 @@ def test_a_base_model_with_weights_that_are_not_finite_is_told_before_anything_s
     assert not (tmp_path / "trained_model").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- the KL
-def warnings(settings, *kls):
-    """Return what is told at each step of 100 samples with those KLs, {step: lines}."""
+# ------------------------------------------------------------------------------------------ the KL
+def warnings(*kls, batch_size=100):
+    """Return what is told at each step, {step: lines}; a response is of 8 tokens at most."""
     metrics = [{"kl": kl, "skipped_updates": 0} for kl in kls]
-    told = {
-        step: train_rlhf.warnings_of(metrics[:step], settings) for step in range(1, len(kls) + 1)
-    }
+    for number, record in enumerate(metrics, start=1):
+        record["samples"] = number * batch_size
+    steps = range(1, len(kls) + 1)
+    told = {step: train_rlhf.warnings_of(metrics[:step], max_new_tokens=8) for step in steps}
     return {step: lines for step, lines in told.items() if lines}
 
 
-@pytest.fixture
-def hundred(make_settings):
-    return make_settings("--batch-size", "100", "--max-new-tokens", "8")
+@pytest.mark.parametrize(
+    ("kls", "steps"),
+    [
+        ((0.0, 7.9, 8.1, 9.0, 20.0), [3]),  # once
+        ((9.0, 1.0, 9.0, 9.0), [1, 3]),  # but each time anew
+        ((1.0, None, 9.0, 9.0), [3]),  # after a step whose KL was not finite too
+        ((0.0, 7.9, 8.0, None, 3.0), []),
+    ],
+)
+def test_a_kl_that_runs_away_is_told_once(kls, steps):
+    told = warnings(*kls)
+    assert list(told) == steps
+    remedy = "stop, and raise KL_COEF or lower TARGET_APPROX_KL"
+    for step, lines in told.items():
+        assert lines == [f"the KL has run away to {kls[step - 1]:.1f} nats: {remedy}"]
 
 
-def test_a_kl_that_runs_away_is_told_once(hundred):
-    (step,), (lines,) = zip(*warnings(hundred, 0.0, 7.9, 8.1, 9.0, 20.0).items())
-    assert step == 3
-    assert lines == [
-        "the KL has run away to 8.1 nats: stop, and raise KL_COEF or lower TARGET_APPROX_KL"
-    ]
+def test_one_step_of_a_few_samples_is_no_runaway():
+    assert warnings(1.0, 1.0, 1.0, 20.0, 1.0, 1.0, batch_size=10) == {}
 
 
-def test_a_kl_below_zero_is_told_once(hundred):
-    (step,), (lines,) = zip(*warnings(hundred, 0.0, -0.09, -0.2, -0.3).items())
-    assert step == 3
-    assert lines == [
-        "the KL is -0.2 nats, and none can be below 0: what is sampled is not what is trained"
-    ]
-
-
-def test_a_kl_that_goes_wrong_again_is_told_again(hundred):
-    assert list(warnings(hundred, 9.0, 1.0, 9.0, 9.0, -1.0, 0.0, -1.0)) == [1, 3, 5, 7]
-
-
-def test_an_ordinary_kl_is_no_news(hundred):
-    assert warnings(hundred, 0.0, -0.09, 7.9, 8.0, None, 3.0) == {}
-
-
-def test_one_step_of_a_few_samples_is_no_runaway(make_settings):
-    few = make_settings("--batch-size", "10", "--max-new-tokens", "8")
-    assert warnings(few, 1.0, 1.0, 1.0, 20.0, 1.0, 1.0) == {}
-
-
-def test_a_skipped_update_is_told_at_its_step_only(hundred):
-    metrics = [{"kl": 0.0, "skipped_updates": skipped} for skipped in (0, 3, 0)]
-    told = [train_rlhf.warnings_of(metrics[:step], hundred) for step in (1, 2, 3)]
+def test_a_skipped_update_is_told_at_its_step_only():
+    metrics = [{"kl": 0.0, "skipped_updates": skipped, "samples": 10} for skipped in (0, 3, 0)]
+    told = [train_rlhf.warnings_of(metrics[:step], 8) for step in (1, 2, 3)]
     assert told == [[], ["updates skipped, since their numbers were not finite: 3"], []]
 
 
 def test_a_run_says_that_its_kl_has_run_away(train, capsys):
-    train(
-        "--kl-coef",
-        "0",
-        "--learning-rate",
-        "0.05",
-        "--target-approx-kl",
-        "0",
-        "--max-new-tokens",
-        "4",
-    )
-    out = capsys.readouterr().out
-    assert out.count("the KL has run away to ") == 1
+    train("--kl-coef", "0", "--learning-rate", "0.05", "--target-approx-kl", "0")
+    assert capsys.readouterr().out.count("the KL has run away to ") == 1
 
 
-# ------------------------------------------------------------------------------------------------- a reward of the user
-REWARDS = {
-    "raise ValueError('no idea')": "raised ValueError('no idea') for {text}: mend it",
-    "return missing": "raised NameError(\"name 'missing' is not defined\") for {text}: mend it",
-    "raise SystemExit(3)": "raised SystemExit(3) for {text}: mend it",
-    "return None": "gave None for {text}: it has to return one finite number for one text",
-    "return [1.0]": "gave [1.0] for {text}: it has to return one finite number for one text",
-    "return float('nan')": "gave nan for {text}: it has to return one finite number for one text",
-    "return float('-inf')": "gave -inf for {text}: it has to return one finite number for one text",
-    "return 10**400": "gave {huge} for {text}: it has to return one finite number for one text",
-    "return 'good'": "gave 'good' for {text}: it has to return one finite number for one text",
-    "return 1j": "gave 1j for {text}: it has to return one finite number for one text",
-}
+# --------------------------------------------------------------------------- a reward of the user
+@pytest.fixture
+def write_reward(tmp_path):
+    def write(*lines):
+        code = "texts = []\n\ndef kindness(text):\n    texts.append(text)\n    "
+        (tmp_path / "mine.py").write_text(code + "\n    ".join(lines), encoding="utf-8")
+        return ["--reward", "mine.py:kindness"]
+
+    return write
 
 
-@pytest.fixture(scope="session")
-def first_text(build, demo_model, tmp_path_factory):
-    """Return the first text that a run with these settings has to score."""
-    output = str(tmp_path_factory.mktemp("first"))
-    settings = train_rlhf.read_settings(
-        ["--model-name", str(demo_model), "--output-dir", output, *SMALL]
-    )
-    built = build(settings)
-    train_rlhf.set_seeds(settings.seed, 1)
-    return train_rlhf.rollout(built.policy, built.tokenizer, settings.prompts, lambda text: 0.0)[2][
-        0
-    ]
-
-
-@pytest.mark.parametrize("code", REWARDS)
-def test_a_reward_that_gives_no_number_is_told_with_its_name_and_the_text(
-    call_main, demo_model, tmp_path, capsys, first_text, code
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("raise ValueError('no idea')", "ValueError('no idea')"),
+        ("raise SystemExit(3)", "SystemExit(3)"),
+        ("return missing", "NameError("),
+        ("return None", "TypeError("),
+        ("return [1.0]", "TypeError("),
+        ("return 'good'", "ValueError("),
+        ("return 1j", "TypeError("),
+        ("return 10**400", "OverflowError("),
+        ("return float('nan')", "ValueError('nan is not finite')"),
+        ("return float('-inf')", "ValueError('-inf is not finite')"),
+    ],
+)
+def test_a_reward_that_gives_no_number_is_told_before_anything_is_moved(
+    call_main, write_reward, demo_model, tmp_path, capsys, code, problem
 ):
-    (tmp_path / "mine.py").write_text(f"def kindness(text):\n    {code}\n", encoding="utf-8")
-    assert call_main("--model-name", demo_model, *SMALL, "--reward", "mine.py:kindness") == 1
-    reason = REWARDS[code].format(text=repr(first_text), huge="1" + "0" * 78 + "…")
-    assert (
-        capsys.readouterr().err
-        == f"\nStopped: REWARD, kindness, {reason}; there was nothing to save yet\n"
+    earlier = tmp_path / "trained_model" / "metrics.jsonl"
+    earlier.parent.mkdir()
+    earlier.write_text("{}\n", encoding="utf-8")
+    assert call_main("--model-name", demo_model, *SMALL, *write_reward(code)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(
+        f"Nothing was started or changed:\n- REWARD is kindness: {problem}",
     )
+    example = repr(train_rlhf.PROMPTS[0])
+    assert err.endswith(f" for {example}: let it return one finite number for one text\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.py", "trained_model"}
+    assert [path.name for path in earlier.parent.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(("good", "steps"), [(1, 0), (70, 2)])
+def test_a_reward_that_gives_no_number_later_costs_no_finished_step(
+    call_main, write_reward, demo_model, tmp_path, capsys, good, steps
+):
+    """A step asks 30 times: for 6 responses and for what each begins with, token by token."""
+    flags = write_reward(f"return 1.0 if len(texts) <= {good} else float('nan')")
+    assert call_main("--model-name", demo_model, *SMALL, *flags, "--save-every", "0") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("\nStopped: REWARD is kindness: ValueError('nan is not finite') for ")
+    saved = f"what was learned up to step {steps} is saved. To go on, run the same line with"
+    saved = f"{saved} --resume" if steps else "there was nothing to save yet"
+    assert err.endswith(f": let it return one finite number for one text; {saved}\n")
+    folder = tmp_path / "trained_model"
+    assert len(read_metrics(folder)) == steps
+    assert train_rlhf.checkpoint_path(folder).exists() == bool(steps)
+    if steps:
+        assert len(train_rlhf.read_checkpoint(folder)["metrics"]) == steps

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import train_rlhf
-from train_rlhf import read_prompts
+from train_rlhf import SettingsError, read_prompts
 
 
 @pytest.fixture
@@ -19,64 +19,77 @@ def write(tmp_path):
 
 def test_a_text_is_itself():
     assert read_prompts("I feel so") == ["I feel so"]
+    assert read_prompts(" a .txt of mine ") == [" a .txt of mine "]
 
 
 def test_a_text_file_has_a_prompt_a_line(write):
-    assert read_prompts(write("p.txt", "I feel so\r\n\nLife is\nDu bist schön\n")) == [
-        "I feel so",
-        "Life is",
-        "Du bist schön",
-    ]
+    """A byte order mark, empty lines, spaces at the ends and Windows' line ends belong to none."""
+    path = write("p.txt", "\ufeffI feel so\r\n\n  Life is \nDu bist schön\n\n")
+    assert read_prompts(path) == ["I feel so", "Life is", "Du bist schön"]
 
 
 def test_a_jsonl_file_has_a_prompt_an_object(write):
-    lines = [
-        json.dumps({"prompt": text, "source": 1}) for text in ("I feel so", 'Say "so"\nLife is')
-    ]
-    assert read_prompts(write("p.jsonl", "\n".join([*lines, ""]))) == [
-        "I feel so",
-        'Say "so"\nLife is',
-    ]
+    """There a prompt may have line breaks, even such as only Unicode has, and spaces at its ends."""
+    prompts = ["I feel so", 'Say "so"\nLife is', "line\u2028separator ", "Du bist schön"]
+    lines = [json.dumps({"prompt": text, "x": 1}, ensure_ascii=False) for text in prompts]
+    assert read_prompts(write("p.jsonl", "\n\n".join([*lines, ""]))) == prompts
 
 
 def test_files_and_texts_mix_in_the_order_of_the_setting(write, make_settings):
-    path = write("p.txt", "One\nTwo\n")
-    assert make_settings("--prompts", "Zero", path, "Three").prompts == [
-        "Zero",
-        "One",
-        "Two",
-        "Three",
-    ]
+    path, other = write("p.txt", "One\nTwo\n"), write("p.jsonl", '{"prompt": "Four"}')
+    settings = make_settings(
+        "--prompts", "Zero", path, "Three", other, "--eval-prompts", path + "x"
+    )
+    assert settings.prompts == ["Zero", "One", "Two", "Three", "Four"]
+    assert settings.eval_prompts == [path + "x"]
+
+
+def test_a_prompt_that_two_files_have_is_given_twice(write, make_settings):
+    with pytest.raises(SettingsError) as error:
+        make_settings("--prompts", write("p.txt", "One\nTwo"), write("q.txt", "Two"))
+    assert error.value.problems == ("PROMPTS has ['Two'] twice: give each prompt once",)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "problem"),
+    ("name", "content", "line"),
     [
-        ("p.txt", "", "{path} has no prompts: give one a line"),
-        ("p.jsonl", "\n \n", "{path} has no prompts: give one a line"),
-        ("p.txt", b"fine\nno\xff", "{path} is not UTF-8 at byte 7: save it as UTF-8"),
-        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": ', '{path}, line 3, is {{"prompt":: give {{"prompt": "I feel so"}}'),
-        ("p.jsonl", '{"query": "a"}', '{path}, line 1, is {{"query": "a"}}: give {{"prompt": "I feel so"}}'),
-        ("p.jsonl", '"a"', '{path}, line 1, is "a": give {{"prompt": "I feel so"}}'),
-        ("p.jsonl", '{"prompt": 3}', '{path}, line 1, is {{"prompt": 3}}: give {{"prompt": "I feel so"}}'),
+        ("p.txt", "", 1),
+        ("p.txt", "\n \n\n", 1),
+        ("p.jsonl", "\n \n", 1),
+        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": ', 3),
+        ("p.jsonl", '{"prompt": "a"}\nb\n{"prompt": "c"}', 2),
+        ("p.jsonl", '{"query": "a"}', 1),
+        ("p.jsonl", '"a"', 1),
+        ("p.jsonl", '{"prompt": 3}', 1),
+        ("p.jsonl", '{"prompt": " "}', 1),
+        ("p.jsonl", '{"prompt": "\\udcff"}', 1),  # half a character
+        ("p.txt", b"fine\nno\xff", None),
+        ("p.txt", b"I\0", 1),
+        ("x" * 300 + ".txt", None, None),
+        ("none.txt", None, None),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_an_error_that_names_it_and_the_line(
-    write, monkeypatch, tmp_path, name, content, problem
+    write, read_settings, monkeypatch, tmp_path, name, content, line
 ):
-    write(name, content)
+    """Without content there is no such file; without a line all of it is bad."""
+    if content is not None:
+        write(name, content)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(train_rlhf.SettingsError) as error:
-        train_rlhf.read_settings(["--eval-prompts", name])
-    assert f"- EVAL_PROMPTS: {problem.format(path=name)}" in str(error.value).splitlines()
+    with pytest.raises(SettingsError) as error:
+        read_settings("--eval-prompts", "Good day", name)
+    (problem,) = error.value.problems
+    assert problem.startswith(f"EVAL_PROMPTS: {train_rlhf.shorten(name)}")
+    assert line is None or f", line {line}, can't be read (" in problem
+    remedy = 'give one prompt a line in UTF-8, in a .jsonl as {"prompt": "I feel so"}'
+    assert problem.endswith(f"): {remedy}")
+    assert len(problem) < 300
 
 
-def test_a_missing_file_is_an_error():
-    with pytest.raises(
-        train_rlhf.SettingsError,
-        match=r"PROMPTS: none\.txt can't be read \(No such file or directory\)",
-    ):
-        train_rlhf.read_settings(["--prompts", "none.txt"])
+def test_a_folder_is_no_file_of_prompts(read_settings, tmp_path):
+    (tmp_path / "p.txt").mkdir()
+    with pytest.raises(SettingsError, match=r"PROMPTS: .*p\.txt can't be read \(.*directory"):
+        read_settings("--prompts", str(tmp_path / "p.txt"))
 
 
 def test_of_many_prompts_no_more_are_measured_than_samples_are_asked_for(
@@ -84,11 +97,10 @@ def test_of_many_prompts_no_more_are_measured_than_samples_are_asked_for(
 ):
     path = write("p.txt", "\n".join(f"Number {i} is" for i in range(50)))
     built = build(make_settings("--prompts", path))
-    reward = train_rlhf.load_reward(built.settings)
+    settings = built.settings
+    reward = train_rlhf.positive_word_reward
     measured = train_rlhf.measure(
-        built.trainer, built.tokenizer, built.settings.prompts, reward, built.settings, base=True
+        built.trainer, built.tokenizer, settings.prompts, reward, settings
     )
-    assert list(measured["success_by_prompt"]) == [
-        f"Number {i} is" for i in range(0, 50, 5)
-    ]  # of 12 samples
-    assert measured["samples"] == 20
+    assert list(measured["first_sample"]) == [f"Number {i} is" for i in range(0, 50, 5)]
+    assert measured["samples"] == 20  # two of each, at least the 12 that were asked for

@@ -1,140 +1,190 @@
-"""The constants and their flags: names, kinds, comments, the help and the README. Bad values: test_inputs.py."""
+"""The flags, the help, and what the README names. Constants: test_constants.py, bad values: test_inputs.py."""
 
-import ast
+import io
 import re
-from types import SimpleNamespace
+import tokenize
 
 import pytest
 
 import train_rlhf
-from train_rlhf import SettingsError, read_settings
+from train_rlhf import SettingsError
 
-CONSTANTS = train_rlhf.constants()
-
-
-def flag(name):
-    return "--" + name.lower().replace("_", "-")
+NAMES = [name for _, _, _, names in train_rlhf.RULES for name in names.split()]
 
 
 # ---------------------------------------------------------------------------------------------------------- flags
-def test_without_flags_the_settings_are_the_constants():
-    assert vars(read_settings([])) == {
-        name.lower(): getattr(train_rlhf, name) for name in CONSTANTS
-    }
-
-
 @pytest.mark.parametrize(
     ("flags", "name", "value"),
     [
         (["--learning-rate", "1e-4"], "learning_rate", 1e-4),
+        (["--learning_rate", "1e-4"], "learning_rate", 1e-4),
+        (["--learning_rate=1e-4"], "learning_rate", 1e-4),
         (["--kl-coef", "1"], "kl_coef", 1.0),
         (["--kl-coef", "0"], "kl_coef", 0.0),
         (["--batch-size", "12"], "batch_size", 12),
         (["--batch-size=12"], "batch_size", 12),
         (["--batch-size", "7", "--batch-size", "12"], "batch_size", 12),
+        (["--batch-size", "1e3"], "batch_size", 1000),
         (["--mini-batch-size", "1"], "mini_batch_size", 1),
         (["--gamma", "0"], "gamma", 0.0),
         (["--seed", "0"], "seed", 0),
         (["--save-every", "0"], "save_every", 0),
-        (["--output-dir", "else where"], "output_dir", "else where"),
-        (["--model-name", "some/model"], "model_name", "some/model"),
+        (["--output-dir", "else_where --x"], "output_dir", "else_where --x"),
+        (["--model-name", "some/model_name"], "model_name", "some/model_name"),
         (["--quantization", "4bit"], "quantization", "4bit"),
         (["--dtype", "bfloat16"], "dtype", "bfloat16"),
         (["--reward", "my.py:score"], "reward", "my.py:score"),
         (["--report-to", "tensorboard"], "report_to", "tensorboard"),
         (["--positive-words", "calm", "serene"], "positive_words", ["calm", "serene"]),
         (["--prompts", "Only one"], "prompts", ["Only one"]),
+        (["--eval-prompts"], "eval_prompts", []),
         (["--lora-targets", "q_proj", "v_proj"], "lora_targets", ["q_proj", "v_proj"]),
+        # switches
+        (["--resume"], "resume", True),
+        (["--resume", "true"], "resume", True),
+        (["--resume=True"], "resume", True),
+        (["--resume", "false"], "resume", False),
+        (["--resume", "--no-resume"], "resume", False),
+        (["--no-resume", "--resume"], "resume", True),
+        (["--no-score-prefixes"], "score_prefixes", False),
+        (["--no_score_prefixes"], "score_prefixes", False),
+        (["--score-prefixes"], "score_prefixes", True),
     ],
 )
-def test_a_flag_overrides_its_constant(flags, name, value):
-    found = getattr(read_settings(flags), name)
-    assert found == value
-    assert type(found) is type(value)
+def test_a_flag_overrides_its_constant(read_settings, flags, name, value):
+    settings, defaults = vars(read_settings(*flags)), vars(read_settings())
+    found = settings.pop(name)
+    assert (found, type(found)) == (value, type(value))
+    defaults.pop(name)
+    assert settings == defaults  # nothing else is changed
 
 
-@pytest.mark.parametrize(("words", "value"), [([], True), (["true"], True), (["false"], False)])
-def test_a_switch(words, value, monkeypatch):
-    monkeypatch.setattr(train_rlhf, "check_resume", lambda settings: [])
-    assert read_settings(["--resume", *words]).resume is value
-
-
-def test_flags_leave_the_constants_alone():
-    read_settings(["--positive-words", "calm", "--seed", "7"])
-    assert "calm" not in train_rlhf.POSITIVE_WORDS
-    assert vars(read_settings([])) == {
-        name.lower(): getattr(train_rlhf, name) for name in CONSTANTS
-    }
-
-
-# ------------------------------------------------------------------------------------------------------ constants
-def test_every_name_in_capitals_is_a_literal_with_a_flag_a_section_and_a_comment(script):
-    assigned = {}
-    for node in ast.parse(script.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id.isupper():
-            assigned[node.targets[0].id] = ast.literal_eval(node.value)
-    assert assigned == {name: default for name, (_, default, _) in CONSTANTS.items()}
-    for section, _, comment in CONSTANTS.values():
-        assert section
-        assert len(comment) > 10
-
-
-def test_every_constant_is_read_by_the_code(script):
-    read = set()
-    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            owner = node.value
-            if getattr(owner, "id", getattr(owner, "attr", "")) == "settings":
-                read.add(node.attr)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            read.add(node.value)  # getattr(settings, name) for name in ("vf_coef", …)
-    assert [name for name in CONSTANTS if name.lower() not in read] == []
-
-
-def test_help_lists_every_constant_in_its_section_with_comment_and_default(capsys):
-    with pytest.raises(SystemExit) as exit:
-        read_settings(["--help"])
-    assert exit.value.code == 0
-    text = "".join(capsys.readouterr().out.split())  # without the line breaks
-    position, last_section = 0, ""
-    for name, (section, default, comment) in CONSTANTS.items():
-        shown = " ".join(map(repr, default)) if isinstance(default, list) else default
-        parts = [f"{section}:"] if section != last_section else []
-        for part in [*parts, flag(name), f"{comment} [{shown}]"]:
-            position = text.index("".join(part.split()), position)  # each after the last
-        last_section = section
-
-
-def test_every_constant_stands_in_the_readme(script):
-    readme = script.parent / "README.md"
-    if not readme.exists():
-        pytest.skip("there is no README.md")
-    text = readme.read_text(encoding="utf-8")
-    for name, (_, default, comment) in CONSTANTS.items():
-        assert (
-            f"| `{name}` | {', '.join(default) if isinstance(default, list) else default} | {comment} |"
-            in text
-        )
-    rows = re.findall(r"^\| *`([A-Z_]+)` *\|", text, re.MULTILINE)
-    assert [name for name in rows if name not in CONSTANTS] == []
-
-
-# ------------------------------------------------------------------------------------------------------ odd values
 @pytest.mark.parametrize(
-    "argv",
+    ("flag", "hint"),
     [
-        ["--output-dir", "a" * 300],
-        ["--model-name", "a" * 300],
-        ["--reward", "a" * 300 + ".py:f"],
-        ["--output-dir", "\0"],
-        ["--model-name", "\0"],
-        ["--output-dir", ""],
-        ["--model-name", ""],
+        ("--lr", "did you mean --lora-rank or --learning-rate?"),  # it may be short for either
+        ("--epochs", "did you mean --ppo-epochs or --training-epochs?"),
+        ("--model", "did you mean --model-name?"),
+        ("--learing-rate", "did you mean --learning-rate?"),
+        ("--no-resumee", "did you mean --resume?"),
+        ("--prompt", "did you mean --prompts?"),
+        ("--colour", "--help lists all"),
     ],
-    ids=lambda argv: repr(argv)[:30],
 )
-def test_odd_arguments_end_alike(argv):
-    try:
-        assert isinstance(read_settings(argv), SimpleNamespace)
-    except SettingsError as error:
-        assert len(str(error)) < 300
+def test_an_unknown_flag_is_told_with_what_may_have_been_meant(read_settings, flag, hint):
+    problem = f"{flag}: there is no such flag; {hint}"
+    for given in ([flag], [flag, "0.5", "0.6"], [f"{flag}=0.5"]):
+        with pytest.raises(SettingsError) as error:
+            read_settings("--seed", "1", *given)
+        (line,) = error.value.problems  # the value of an unknown flag is no problem of its own
+        assert line.replace("=0.5", "") == problem
+
+
+def test_a_value_before_all_flags(read_settings):
+    with pytest.raises(SettingsError) as error:
+        read_settings("stray", "--seed", "1")
+    assert error.value.problems == ("stray follows no flag: --help lists all",)
+
+
+def test_every_flag_of_a_near_miss_is_one_that_there_is(read_settings):
+    """Each word of each flag by itself: what is meant is a flag that has the word."""
+    flags = [train_rlhf.flag_of(name) for name in NAMES]
+    words = {word for flag in flags for word in flag.strip("-").split("-")}
+    for word in words - {flag.strip("-") for flag in flags}:
+        with pytest.raises(SettingsError) as error:
+            read_settings(f"--{word}")
+        meant = re.findall(r"--[a-z-]+", error.value.problems[0])[1:]
+        assert meant == [flag for flag in flags if word in flag.strip("-").split("-")]
+
+
+def test_flags_leave_the_constants_alone(read_settings):
+    defaults = vars(read_settings())
+    read_settings("--positive-words", "calm", "--seed", "7", "--resume").positive_words.append("x")
+    assert "x" not in train_rlhf.POSITIVE_WORDS
+    read_settings().prompts.append("x")  # nor do settings share a list with them
+    assert "x" not in train_rlhf.PROMPTS
+    assert vars(read_settings()) == defaults
+
+
+# ------------------------------------------------------------------------------------------------------------ help
+@pytest.fixture
+def read_help(capsys):
+    """Return what --help shows of the constants in a script."""
+
+    def read(path):
+        constants = vars(train_rlhf) | {"__file__": str(path)}
+        with pytest.raises(SystemExit) as exit:
+            train_rlhf.read_settings(["--help"], constants, train_rlhf.RULES, train_rlhf.CHECKS)
+        assert exit.value.code == 0
+        output, message = capsys.readouterr()
+        assert message == ""
+        usage, _, shown = output.partition("# --- ")
+        assert "[--flag VALUE" in usage
+        return "# --- " + shown
+
+    return read
+
+
+def constants_block(source):
+    """Return the lines from the first section of constants to the last constant."""
+    return source[source.index("# --- Model") : source.index("# ------")].strip()
+
+
+def test_help_shows_each_constant_as_a_flag_with_default_and_comment(script, read_help):
+    """Sections and order are those of the file, line for line."""
+    wanted = constants_block(script.read_text(encoding="utf-8")).replace("  # fmt: skip", "")
+    for name in NAMES:
+        wanted, count = re.subn(f"^{name} =", f"{train_rlhf.flag_of(name)} =", wanted, flags=re.M)
+        assert count == 1
+    shown = read_help(script).strip()
+    assert shown == wanted
+    sections = ["Model", "Prompts and reward", "Rollout", "PPO", "Run"]
+    assert re.findall("^# --- (.*)", shown, flags=re.M) == sections
+    assert f"--seed = {train_rlhf.SEED}  # the same seed" in shown
+
+
+def test_help_of_a_file_with_percent_signs_and_braces_in_a_comment(script, read_help, tmp_path):
+    comment = "# 50 % of {x}, %(prog)s, %s %%"
+    source = script.read_text(encoding="utf-8")
+    changed = re.sub("^(KL_COEF = [0-9.]+).*", rf"\1  {comment}", source, flags=re.M)
+    (tmp_path / "edited.py").write_text(changed, encoding="utf-8")
+    assert f"\n--kl-coef = {train_rlhf.KL_COEF}  {comment}\n" in read_help(tmp_path / "edited.py")
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["dropped", "moved above"])
+def test_help_of_a_file_whose_comments_are_gone(script, read_help, tmp_path, moved):
+    source = script.read_text(encoding="utf-8")
+    block = constants_block(source)
+    lines = block.split("\n")
+    for token in reversed([*tokenize.generate_tokens(io.StringIO(block).readline)]):
+        row, column = token.start
+        if token.type == tokenize.COMMENT and not token.string.startswith("# --- "):
+            lines[row - 1] = lines[row - 1][:column].rstrip()
+            if moved:
+                lines.insert(row - 1, token.string)
+    (tmp_path / "edited.py").write_text(source.replace(block, "\n".join(lines)), encoding="utf-8")
+    shown = read_help(tmp_path / "edited.py")
+    assert re.findall("^(--[a-z-]+) = ", shown, flags=re.M) == [
+        train_rlhf.flag_of(name) for name in re.findall("^([A-Z_]+) = ", block, flags=re.M)
+    ]
+    assert "  # " not in shown
+    assert ("\n# price of one nat" in shown) == moved
+
+
+# ---------------------------------------------------------------------------------------------------------- README
+def test_every_flag_and_constant_that_the_readme_names_exists(script):
+    text = (script.parent / "README.md").read_text(encoding="utf-8")
+    flags = {"--help", *(train_rlhf.flag_of(name) for name in NAMES)}
+    flags |= {
+        train_rlhf.flag_of(f"NO_{name}")
+        for kind, _, _, names in train_rlhf.RULES
+        if kind == "switch"
+        for name in names.split()
+    }
+    text = re.sub(r"pip install [^&\n]*", "", text)  # whose flags are pip's
+    given = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", text))
+    assert given, "the README shows no flag"
+    assert given <= flags
+    named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)*)[ `]", text))
+    assert named, "the README names no constant"
+    assert named <= {*NAMES, "README"}
