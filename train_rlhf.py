@@ -1360,7 +1360,7 @@ def draw(report, metrics, path):
     right.plot(trained["kl"], trained["success_rate"], "*", color=orange, markersize=15)
     right.lines[-1].set_label("trained model, measured")
     for axes in (left, right):
-        axes.legend(loc="lower right", fontsize=8)
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
 
@@ -1369,10 +1369,15 @@ def summarize(report, folder):
     settings, base, trained = report["settings"], report["base"], report["trained"]
     lines = [f"# {Path(settings['model_name']).name}, fine-tuned with PPO", ""]
     names = ("success_rate", "score", "kl", "kl_minimum", "distinct", "perplexity_under_base")
-    lines += [f"| {'':22} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines += [
+        f"| {'':22} | {' | '.join(f'{name:>6}' for name in names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
     for prompts in base:
         for model in ("base", "trained"):
-            figures = (f"{report[model][prompts][name]:z.3f}".rjust(len(name)) for name in names)
+            figures = (
+                f"{report[model][prompts][name]:z.3f}".rjust(max(6, len(name))) for name in names
+            )
             lines.append(f"| {f'{model}, {prompts}':22} | {' | '.join(figures)} |")
     where = f"{report['samples']} samples in {report['seconds']:.0f} seconds on {report['device']}"
     first = "The first response to each prompt, with the same random numbers before and after:"

@@ -17,7 +17,7 @@ import train_rlhf
 
 BORDER = "nothing below this line is PPO"
 LENGTH_OF_PPO = 500
-LENGTH = 1450
+LENGTH = 1500
 FOR_SIBLINGS = (
     *("read_settings", "load_tokenizer", "load_base_model", "claim_output", "save_checkpoint"),
     *("load_checkpoint", "stop_on_signal", "tell", "shorten", "blame"),
@@ -139,6 +139,8 @@ def test_nothing_but_constants_stands_between_them(lines, tree):
 # ------------------------------------------------------------------------------- to be imported
 IMPORT = """
 import pathlib, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)  # what pytest ignores is ignored here too
 def state():
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     return handlers, sys.excepthook, sorted(pathlib.Path().rglob("*"))

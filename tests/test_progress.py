@@ -65,17 +65,19 @@ def open_log(make_settings, tmp_path, monkeypatch):
     return start
 
 
-def take(open_log, log, *records):
+def take(open_log, log, metrics, *records):
     for each in records:
         open_log.tick()
-        log(each)
+        metrics.append(each)
+        log(metrics)
 
 
 # ---------------------------------------------------------------------------------- the progress
 def test_a_terminal_gets_one_live_bar(show, open_log):
     out, err = show(terminal=True)
-    with open_log([]) as log:
-        take(open_log, log, *(record(step, 0.25 * step) for step in range(1, 5)))
+    metrics = []
+    with open_log(metrics) as log:
+        take(open_log, log, metrics, *(record(step, 0.25 * step) for step in range(1, 5)))
     last = err.getvalue().split("\r")[-1]
     assert last.startswith("4/4 |") and "left" in last
     assert "success  88%" in last  # the mean of the last 100 samples, 75 and 100 %
@@ -86,8 +88,9 @@ def test_a_terminal_gets_one_live_bar(show, open_log):
 
 def test_a_pipe_gets_a_line_every_few_steps_and_no_bar(show, open_log):
     out, err = show(terminal=False)
-    with open_log([]) as log:
-        take(open_log, log, *map(record, range(1, 5)))
+    metrics = []
+    with open_log(metrics) as log:
+        take(open_log, log, metrics, *map(record, range(1, 5)))
     assert out.getvalue().splitlines() == [
         "step 2/4, 01:00 left, success  50%, score +0.00, KL 0.38",
         "step 4/4, 00:00 left, success  50%, score +0.00, KL 0.88",
@@ -112,10 +115,10 @@ def test_a_run_that_goes_on_counts_on(show, open_log, tmp_path, terminal):
     path = tmp_path / "trained_model" / "metrics.jsonl"
     out, err = show(terminal)
     with open_log(metrics) as log:
-        take(open_log, log, record(3))
+        take(open_log, log, metrics, record(3))
         written = path.read_text()  # while it is still open
         assert [json.loads(line) for line in written.splitlines()] == metrics
-        take(open_log, log, record(4))
+        take(open_log, log, metrics, record(4))
     assert [each["seconds"] for each in metrics] == [40, 80, 110, 140]
     assert len(path.read_text().splitlines()) == 4
     if terminal:
@@ -129,8 +132,9 @@ def test_a_last_step_is_shown_whatever_log_every_is(show, open_log, make_setting
     with open_log([]):
         pass
     settings = make_settings("--training-epochs", "2", "--log-every", "5")  # 3 steps of 4
-    with train_rlhf.open_log(settings, []) as log:
-        take(open_log, log, *map(record, range(1, 4)))
+    metrics = []
+    with train_rlhf.open_log(settings, metrics) as log:
+        take(open_log, log, metrics, *map(record, range(1, 4)))
     assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["step 3/3"]
 
 
@@ -138,20 +142,30 @@ def test_a_last_step_is_shown_whatever_log_every_is(show, open_log, make_setting
 def test_skipped_updates_are_told_at_once_and_once(show, open_log, terminal):
     out, _ = show(terminal)
     told = "step 3: updates skipped, since their numbers were not finite: 4"
-    with open_log([]) as log:
-        take(open_log, log, record(1), record(2))
+    metrics = []
+    with open_log(metrics) as log:
+        take(open_log, log, metrics, record(1), record(2))
         assert "skipped" not in out.getvalue()
-        take(open_log, log, record(3, skipped_updates=4))
+        take(open_log, log, metrics, record(3, skipped_updates=4))
         assert out.getvalue().splitlines()[-1] == told
-        take(open_log, log, record(4))
+        take(open_log, log, metrics, record(4))
     assert out.getvalue().count("skipped") == 1
+
+
+def test_a_kl_that_rounding_takes_below_0_is_shown_as_0(show, open_log):
+    out, _ = show(terminal=False)
+    metrics = []
+    with open_log(metrics) as log:
+        take(open_log, log, metrics, record(1, kl=-0.0001), record(2, kl=-0.0001))
+    assert out.getvalue().endswith("KL 0.00\n")
 
 
 def test_what_was_not_finite_is_left_out_of_the_progress(show, open_log):
     out, _ = show(terminal=False)
-    with open_log([]) as log:
-        take(open_log, log, record(1, kl=1.0))
-        take(open_log, log, *(record(step) | {"kl": None} for step in (2, 3, 4)))
+    metrics = []
+    with open_log(metrics) as log:
+        take(open_log, log, metrics, record(1, kl=1.0))
+        take(open_log, log, metrics, *(record(step) | {"kl": None} for step in (2, 3, 4)))
     lines = out.getvalue().splitlines()
     assert lines[0].endswith("KL 1.00")
     assert lines[1].endswith("KL nan")
