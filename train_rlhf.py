@@ -133,7 +133,9 @@ def run(settings):
 
     with claim_output(settings.output_dir, settings.resume):
         learner = trainer.model, trainer.optimizer, trainer.accelerator.scaler
-        metrics = load_checkpoint(*learner, settings, RULES) if settings.resume else []
+        metrics = []
+        if settings.resume:
+            metrics = load_checkpoint(*learner, settings, RULES, count_steps(settings))
         announce(policy, settings, device, dtype, metrics)
         train(trainer, tokenizer, reward, settings, metrics)
         report = make_report(trainer, tokenizer, reward, settings, metrics, device, dtype)
@@ -1076,9 +1078,9 @@ def save_checkpoint(model, optimizer, scaler, settings, metrics):
         new.unlink(missing_ok=True)  # what a full disk left of it
 
 
-def load_checkpoint(model, optimizer, scaler, settings, rules):
+def load_checkpoint(model, optimizer, scaler, settings, rules, steps):
     """Put all back to the last checkpoint, tell what has changed since, and return its metrics."""
-    state, changed = check_resume(settings, rules)
+    state, changed = check_resume(settings, rules, steps)
     with blame("RESUME", True, "start without it"):  # it may be of another model in the same folder
         for name, weight in trained_weights(model).items():
             weight.copy_(state["weights"][name])
@@ -1090,7 +1092,7 @@ def load_checkpoint(model, optimizer, scaler, settings, rules):
     return state["metrics"]
 
 
-def check_resume(settings, rules):
+def check_resume(settings, rules, steps):
     """Return the last checkpoint, and {constant: (value, value in it)} where they differ.
 
     Raises SettingsError where what differs would make the rest of the run another one.
@@ -1105,7 +1107,7 @@ def check_resume(settings, rules):
             before["model_name"] = settings.model_name
         differ = [name for name in now if now[name] != before.get(name)]
         changed = {name.upper(): (now[name], before.get(name)) for name in differ}
-        done, steps = len(state["metrics"]), count_steps(settings)
+        done = len(state["metrics"])
     free = [name for _, _, is_free, names in rules for name in names.split() if is_free]
     problems = []
     for name, (value, old) in changed.items():
@@ -1368,17 +1370,14 @@ def summarize(report, folder):
     """Return the result in Markdown, with Python that loads the model from a folder."""
     settings, base, trained = report["settings"], report["base"], report["trained"]
     lines = [f"# {Path(settings['model_name']).name}, fine-tuned with PPO", ""]
-    names = ("success_rate", "score", "kl", "kl_minimum", "distinct", "perplexity_under_base")
-    lines += [
-        f"| {'':22} | {' | '.join(f'{name:>6}' for name in names)} |",
-        "|---" * (len(names) + 1) + "|",
-    ]
+    names = ("success_rate", "score ", "kl    ", "kl_minimum", "distinct", "perplexity_under_base")
+    lines.append(f"| {'':22} | {' | '.join(names)} |")
+    lines.append("|---" * (len(names) + 1) + "|")
     for prompts in base:
         for model in ("base", "trained"):
-            figures = (
-                f"{report[model][prompts][name]:z.3f}".rjust(max(6, len(name))) for name in names
-            )
-            lines.append(f"| {f'{model}, {prompts}':22} | {' | '.join(figures)} |")
+            part = report[model][prompts]
+            figures = " | ".join(f"{part[name.strip()]:z{len(name)}.3f}" for name in names)
+            lines.append(f"| {f'{model}, {prompts}':22} | {figures} |")
     where = f"{report['samples']} samples in {report['seconds']:.0f} seconds on {report['device']}"
     first = "The first response to each prompt, with the same random numbers before and after:"
     lines += ["", judge(report), "", f"{where}, seed {settings['seed']}.", first, ""]
@@ -1434,7 +1433,7 @@ def main(argv=()):
         with stop_on_signal():
             settings = read_settings(argv, globals(), RULES, CHECKS)
             if settings.resume:
-                check_resume(settings, RULES)
+                check_resume(settings, RULES, count_steps(settings))
             run(settings)
             print(end="", flush=True)  # where the output can't be written, it is told here
         return 0

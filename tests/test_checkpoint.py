@@ -33,7 +33,7 @@ def resume(saved, make_settings):
 
     def check(*flags):
         settings = make_settings(*EPOCHS, *flags, "--resume")
-        check_resume(settings, train_rlhf.RULES)
+        check_resume(settings, train_rlhf.RULES, train_rlhf.count_steps(settings))
         return settings
 
     return check
@@ -48,7 +48,8 @@ def save(built, metrics):
 
 
 def load(built, settings):
-    return load_checkpoint(*learner(built), settings, train_rlhf.RULES)
+    steps = train_rlhf.count_steps(settings)
+    return load_checkpoint(*learner(built), settings, train_rlhf.RULES, steps)
 
 
 def files(built):
