@@ -31,6 +31,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+if __name__ == "__main__" and "__file__" in globals():  # a script, not a cell of a notebook
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing takes seconds: no stack trace there
 for library in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(library).setLevel(logging.ERROR)  # here, since one speaks when it is imported
 
@@ -60,7 +62,7 @@ def missing_quotes(kind, error, trace):
     sys.__excepthook__(kind, error, trace)
 
 
-if __name__ == "__main__" and "__file__" in globals():  # not in a cell of a notebook
+if __name__ == "__main__" and "__file__" in globals():
     sys.excepthook = missing_quotes
 
 # --- Model
@@ -251,9 +253,9 @@ def make_policy(model, tokenizer, settings):
     torch.manual_seed(settings.seed)  # of the adapter's first values
     with blame("LORA_TARGETS", targets, "name linear layers of this model, or all-linear"):
         adapted = get_peft_model(model, lora)
-        adapted_names = " ".join(adapted.base_model.targeted_module_names)
-        unknown = [name for name in targets if name not in adapted_names + " all-linear"]
-        if unknown:  # PEFT says so only where no name is known
+        names = adapted.base_model.targeted_module_names
+        unknown = [target for target in targets if not any(target in name for name in names)]
+        if unknown and targets != ["all-linear"]:  # PEFT says so only where no name is known
             raise ValueError(f"the model has no layer {unknown}")
     return PolicyWithValueHead(adapted, settings.temperature).to(model.device).eval()
 
@@ -316,7 +318,7 @@ def pad_batch(tokenizer, queries, responses):
 def positive_word_reward(text, positive_words=None):
     """Return +1.0 if the text has one of the words (None = POSITIVE_WORDS), whole, else -1.0."""
     words = POSITIVE_WORDS if positive_words is None else positive_words
-    pattern = "|".join(re.escape(word) for word in words)
+    pattern = "|".join(re.escape(word.strip()) for word in words)
     return 1.0 if re.search(rf"(?<!\w)({pattern})(?!\w)", text, re.IGNORECASE) else -1.0
 
 
@@ -638,13 +640,17 @@ def load_reward(name, positive_words, example):
     """Return the function from a response's text to its score, once it has scored an example."""
     if name == "positive_word_reward":
         return lambda text: positive_word_reward(text, positive_words)
-    with blame("REWARD", name, "give positive_word_reward or FILE.py:FUNCTION"):
+    remedy = "give positive_word_reward or FILE.py:FUNCTION"
+    if not re.fullmatch(r".+\.py:\w+", name):
+        raise SettingsError(f"REWARD is {shorten(name)}: {remedy}")
+    with blame("REWARD", name, remedy):
         path, _, function_name = name.rpartition(":")
         function = runpy.run_path(path).get(function_name)
         if not callable(function):
             raise ValueError(f"it has no function {function_name}")
     try:
-        call_reward(function, example)
+        for text in (example, ""):  # every response begins with the empty text
+            call_reward(function, text)
     except RewardError as error:
         raise SettingsError(str(error)) from error
     return function
@@ -655,7 +661,7 @@ def call_reward(reward, text):
     try:
         score = float(reward(text))
         if not abs(score) < 1e15:  # so that its square is finite in float32 too
-            raise ValueError(f"{score} is not finite")
+            raise ValueError(f"{score} is too large or not finite")
         return score
     except (Exception, SystemExit) as error:
         name = getattr(reward, "__name__", type(reward).__name__)
@@ -713,7 +719,7 @@ def convert(value, kind, allowed):
             raise ValueError
         return texts if kind == "texts" else [p for text in texts for p in read_prompts(text)]
     if kind == "text":
-        text = os.fspath(getattr(value, "__name__", value))
+        text = value.__name__ if inspect.isfunction(value) else os.fspath(value)
         text.encode()  # an error for half a character, as "\ud800"
         if not text.strip() or "\0" in text or (allowed and text not in allowed):
             raise ValueError
@@ -797,7 +803,7 @@ def read_flags(argv, constants, rules):
 def explain_flags(constants):
     """Return the text of --help: the constants as they stand in the script, by their flags."""
     source = ""
-    if "__file__" in constants:  # there is none in a cell of a notebook
+    if os.path.isfile(constants.get("__file__", "")):  # there is none in a cell of a notebook
         source = Path(constants["__file__"]).read_text(encoding="utf-8")
     start = re.search(r"^# --- |^[A-Z_]+ *[:=]|\Z", source, re.M).start()
     block = source[start : source.find("\n# -----", start)].replace("  # fmt: skip", "")
@@ -824,6 +830,8 @@ def near_miss(given, flags):
 
 def read_prompts(entry):
     """Return the prompts of a .txt file, a line each, or a .jsonl, {"prompt": …}, or the text."""
+    if os.path.isfile(entry) and not entry.endswith((".txt", ".jsonl")):
+        raise SettingsError(f"{shorten(entry)} is a file of another kind: give a .txt or .jsonl")
     if not entry.endswith((".txt", ".jsonl")):
         return [entry]
     prompts, number = [], 0
@@ -883,7 +891,9 @@ def check_places(model_name, output_dir):
         place = output.resolve()
         existing = next(path for path in (output, *output.parents) if path.exists())
         names = {path.name for path in output.iterdir()} if existing == output else set()
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
+        if output_dir.startswith("~"):
+            problem = "~ is no folder here"
+        elif not existing.is_dir() or not os.access(existing, os.W_OK):
             problem = f"{existing} can't be written"
         elif names and names.isdisjoint({"metrics.jsonl", "report.json", "checkpoint"}):
             problem = "it holds files that are not a run's"
@@ -1171,8 +1181,12 @@ def explain(error, settings):
     # The last one is of libraries that are written in Rust.
     if isinstance(error, OSError | SafetensorError) or "os error" in str(error):
         reason = shorten(getattr(error, "strerror", None) or error, 200)
-        place = f"OUTPUT_DIR, {settings.output_dir}, or where the screen's output goes"
-        return f"something can't be written ({reason}): make room in {place}"
+        remedy = (
+            f"make room in OUTPUT_DIR, {settings.output_dir}, or where the screen's output goes"
+        )
+        if isinstance(error, BrokenPipeError):
+            remedy = "let what is printed be read to its end"
+        return f"something can't be written ({reason}): {remedy}"
     return None
 
 
@@ -1208,7 +1222,7 @@ def announce(policy, settings, device, dtype, metrics):
     """Print what is going to happen."""
     total = sum(parameter.numel() for parameter in policy.parameters())
     trained = sum(weight.numel() for weight in trained_weights(policy).values())
-    reward = f"+1 for a response with one of {len(settings.positive_words)} positive words, else -1"
+    reward = "+1 for a response with a word of POSITIVE_WORDS, else -1"
     steps, asked = count_steps(settings), settings.training_epochs * len(settings.prompts)
     samples = steps * settings.batch_size
     filled = f" ({asked} asked for, the last step filled up)" if samples > asked else ""
@@ -1217,7 +1231,9 @@ def announce(policy, settings, device, dtype, metrics):
     print(f"Device    {device_name(device)}, {dtype} weights")
     print(f"Prompts   {len(settings.prompts)} to train on, {len(settings.eval_prompts)} held out")
     print(f"Reward    {reward if settings.reward == 'positive_word_reward' else settings.reward}")
-    print(f"Training  {samples} samples{filled} in {steps} steps, seed {settings.seed}")
+    print(
+        f"Training  {samples} samples{filled} in {steps} step{'s' * (steps > 1)}, seed {settings.seed}"
+    )
     print(f"Output    {settings.output_dir}/{going_on}\n", flush=True)
 
 
@@ -1370,17 +1386,17 @@ def summarize(report, folder):
     """Return the result in Markdown, with Python that loads the model from a folder."""
     settings, base, trained = report["settings"], report["base"], report["trained"]
     lines = [f"# {Path(settings['model_name']).name}, fine-tuned with PPO", ""]
-    names = ("success_rate", "score ", "kl    ", "kl_minimum", "distinct", "perplexity_under_base")
-    lines.append(f"| {'':22} | {' | '.join(names)} |")
-    lines.append("|---" * (len(names) + 1) + "|")
-    for prompts in base:
-        for model in ("base", "trained"):
-            part = report[model][prompts]
-            figures = " | ".join(f"{part[name.strip()]:z{len(name)}.3f}" for name in names)
-            lines.append(f"| {f'{model}, {prompts}':22} | {figures} |")
+    columns = {"  base": base["train_prompts"], "trained": trained["train_prompts"]}
+    if "eval_prompts" in base:
+        columns |= {"base, held out": base["eval_prompts"]}
+        columns |= {"trained, held out": trained["eval_prompts"]}
+    lines += [f"| {'':21} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name in ("success_rate", "score", "kl", "kl_minimum", "distinct", "perplexity_under_base"):
+        figures = (f"{part[name]:z.3f}".rjust(len(title)) for title, part in columns.items())
+        lines.append(f"| {name:21} | {' | '.join(figures)} |")
     where = f"{report['samples']} samples in {report['seconds']:.0f} seconds on {report['device']}"
-    first = "The first response to each prompt, with the same random numbers before and after:"
-    lines += ["", judge(report), "", f"{where}, seed {settings['seed']}.", first, ""]
+    lines += ["", f"{where}, seed {settings['seed']}. The first response to each prompt,"]
+    lines += ["with the same random numbers before and after:", ""]
     for prompts in base:
         after = trained[prompts]["first_sample"]
         for prompt, before in list(base[prompts]["first_sample"].items())[:6]:
@@ -1388,14 +1404,16 @@ def summarize(report, folder):
             texts[0] += " (held out)" * (prompts == "eval_prompts")
             lines.append("    {}\n        before  {}\n        after   {}".format(*texts))
     lines.append(f"""
-To load the model:
+{judge(report)}
+
+The model is beside report.json and training.png. To load it:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained({folder!r})
     model = AutoModelForCausalLM.from_pretrained({folder!r})
     inputs = tokenizer({settings["prompts"][0]!r}, return_tensors="pt")
-    print(tokenizer.decode(model.generate(**inputs)[0]))
+    print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 """)
     return "\n".join(lines)
 

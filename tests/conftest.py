@@ -21,6 +21,12 @@ import train_rlhf
 SMALL = ["--device", "cpu", "--batch-size", "4", "--max-new-tokens", "8", "--eval-samples", "12"]
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that no worker is left alone with one at the end."""
+    longest = ["test_run.py", "test_resources.py", "test_kill.py", "test_inputs.py"]
+    items.sort(key=lambda item: [*longest, item.path.name].index(item.path.name))
+
+
 @pytest.fixture(scope="session")
 def script():
     return ROOT / "train_rlhf.py"

@@ -243,10 +243,19 @@ def test_a_prompt_that_leaves_no_room_in_the_context(refused, demo_model, flags,
     assert refused("--model-name", demo_model, *flags) == lines
 
 
-@pytest.mark.parametrize("target", ["x_proj", "mlp", "lm_head"])  # lm_head is tied to the embedding
-def test_a_layer_that_cannot_be_adapted(refused, demo_model, target):
-    (line,) = refused("--model-name", demo_model, "--lora-targets", target)
-    assert line.startswith(f"- LORA_TARGETS is ['{target}']: it can't be loaded (")
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["x_proj"],
+        ["mlp"],
+        ["lm_head"],  # which is tied to the embedding
+        ["q_proj", "x_proj"],  # PEFT would leave out what it does not know
+        ["q_proj", "all-linear"],
+    ],
+)
+def test_a_layer_that_cannot_be_adapted(refused, demo_model, targets):
+    (line,) = refused("--model-name", demo_model, "--lora-targets", *targets)
+    assert line.startswith(f"- LORA_TARGETS is {targets}: it can't be loaded (")
     assert line.endswith("): name linear layers of this model, or all-linear")
     assert len(line) < 400
 
@@ -375,8 +384,8 @@ def test_a_reward_that_cannot_be_loaded(refused, demo_model, tmp_path, text, rea
 )
 def test_a_reward_that_names_no_function_in_a_file(refused, demo_model, name):
     (line,) = refused("--model-name", demo_model, "--reward", name)
-    assert line.startswith(f"- REWARD is {train_rlhf.shorten(name)}: it can't be loaded (")
-    assert line.endswith("): give positive_word_reward or FILE.py:FUNCTION")
+    assert line.startswith(f"- REWARD is {train_rlhf.shorten(name)}: ")
+    assert line.endswith(": give positive_word_reward or FILE.py:FUNCTION")
 
 
 @pytest.mark.parametrize(
@@ -386,7 +395,7 @@ def test_a_reward_that_names_no_function_in_a_file(refused, demo_model, name):
         ("None", "TypeError("),
         ("[1.0]", "TypeError("),
         ("'good'", "ValueError("),
-        ("float('nan')", "ValueError('nan is not finite')"),
+        ("float('nan')", "ValueError('nan is too large or not finite')"),
         ("quit()", "SystemExit(None)"),
     ],
 )
@@ -407,6 +416,7 @@ def test_a_reward_that_gives_no_number(refused, demo_model, tmp_path, returned, 
         ("/proc/1/below/trained_model", "/proc/1 can't be written"),
         ("a" * 300, "it can't be written (File name too long)"),
         ("photos", "it holds files that are not a run's"),
+        ("~/run", "~ is no folder here"),
         ("earlier", "it is or holds the current folder"),
         (".", "it is or holds the current folder"),
         ("..", "it holds files that are not a run's"),

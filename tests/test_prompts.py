@@ -1,6 +1,7 @@
 """Prompts from files."""
 
 import json
+import re
 
 import pytest
 
@@ -84,6 +85,15 @@ def test_a_bad_file_is_an_error_that_names_it_and_the_line(
     remedy = 'give one prompt a line in UTF-8, in a .jsonl as {"prompt": "I feel so"}'
     assert problem.endswith(f"): {remedy}")
     assert len(problem) < 300
+
+
+def test_a_file_of_another_kind_is_no_prompt(write, read_settings):
+    path = write("p.csv", "prompt\nLife is\n")
+    problem = (
+        rf"PROMPTS: {re.escape(train_rlhf.shorten(path))} is a file of another kind: give a .txt"
+    )
+    with pytest.raises(SettingsError, match=problem):
+        read_settings("--prompts", path)
 
 
 def test_a_folder_is_no_file_of_prompts(read_settings, tmp_path):

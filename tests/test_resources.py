@@ -115,6 +115,8 @@ def stopped(capsys, output, steps):
 
 
 def remedy_for(folder):
+    if folder == "head":
+        return ": let what is printed be read to its end"
     return f": make room in OUTPUT_DIR, {folder}, or where the screen's output goes"
 
 

@@ -231,10 +231,10 @@ def load(tmp_path):
     return start
 
 
-def test_a_function_of_a_file_is_the_reward_and_is_tried_once(load):
+def test_a_function_of_a_file_is_the_reward_and_is_tried_on_two_texts(load):
     reward = load("texts = []\ndef brevity(text):\n    texts.append(text)\n    return -len(text)\n")
     assert reward("four") == -4
-    assert reward.__globals__["texts"] == ["Life is", "four"]
+    assert reward.__globals__["texts"] == ["Life is", "", "four"]
 
 
 @pytest.mark.parametrize(

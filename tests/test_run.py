@@ -8,6 +8,7 @@ import math
 import re
 import signal
 import struct
+import subprocess
 import sys
 import textwrap
 from types import SimpleNamespace
@@ -244,7 +245,7 @@ def test_without_held_out_prompts_a_run_is_whole(call_main, demo_model, tmp_path
     assert report["settings"]["eval_prompts"] == []
     assert [*report["base"]] == [*report["trained"]] == ["train_prompts"]
     for text in (screen.partition("\n# ")[2], card):
-        assert "trained, train_prompts" in text
+        assert "|   base | trained |\n" in text
         assert "held out" not in text and "eval_prompts" not in text
         assert all(prompt in text for prompt in train_rlhf.PROMPTS)
 
@@ -310,6 +311,17 @@ def test_a_stopped_run_saves_a_checkpoint_and_says_how_to_go_on(disturbed, index
     once_more = "\nStopping after this step; once more to stop at once\n"
     assert stopped.stderr == f"{once_more}\nStopped; {saved} --resume\n"
     assert stopped.names == {"checkpoint", "metrics.jsonl"}  # it is no finished run
+
+
+def test_a_stop_while_the_libraries_are_imported_shows_no_stack_trace(script):
+    command = [sys.executable, str(script), "--model-name", "no/such/model"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        process.communicate(timeout=1.5)  # importing takes several seconds
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (b"", b"")
+    assert process.returncode == -signal.SIGINT
 
 
 def test_a_second_signal_stops_at_once(run_script, demo_model, tmp_path):
@@ -538,7 +550,7 @@ def test_a_reward_that_fails_at_once_leaves_an_earlier_run_where_it_was(
     assert call_main("--model-name", demo_model, *MINE) == 2
     first, line = capsys.readouterr().err.splitlines()
     assert first == "Nothing was started or changed:"
-    reason = "enough" if "enough" in end else "nan is not finite"
+    reason = "enough" if "enough" in end else "nan is too large or not finite"
     assert line.startswith(f"- REWARD is score: ValueError('{reason}') for ")
     assert line.endswith(": let it return one finite number for one text")
     assert digests(folder) == before
@@ -547,7 +559,10 @@ def test_a_reward_that_fails_at_once_leaves_an_earlier_run_where_it_was(
 
 @pytest.mark.parametrize(
     ("end", "reason"),
-    [("raise ValueError('enough')", "enough"), ("return float('nan')", "nan is not finite")],
+    [
+        ("raise ValueError('enough')", "enough"),
+        ("return float('nan')", "nan is too large or not finite"),
+    ],
 )
 def test_a_reward_that_fails_in_the_first_step_is_told_with_its_reason(
     call_main, demo_model, tmp_path, capsys, end, reason
