@@ -306,12 +306,12 @@ def pad_batch(tokenizer, queries, responses):
     So the responses stand in the same columns. Returns input_ids and attention_mask, both (batch,
     query length + response length), and the mask of the response tokens (batch, response length).
     """
+    device = queries[0].device  # which pad does not keep
     left = tokenizer.pad({"input_ids": queries}, padding_side="left", return_tensors="pt")
     right = tokenizer.pad({"input_ids": responses}, padding_side="right", return_tensors="pt")
     input_ids = torch.cat([left["input_ids"], right["input_ids"]], dim=1)
     attention_mask = torch.cat([left["attention_mask"], right["attention_mask"]], dim=1)
-    mask = right["attention_mask"]
-    return input_ids, attention_mask.to(input_ids.device), mask.to(input_ids.device)
+    return input_ids.to(device), attention_mask.to(device), right["attention_mask"].to(device)
 
 
 # -------------------------------------------------------------------------------------- the reward
@@ -472,9 +472,7 @@ def of_tokens(all_logprobs, tokens):
 
 def make_trainer(policy, tokenizer, settings, device, dtype):
     """Return the trainer; its optimizer, TRL's Adam, holds the adapter and the value head alone."""
-    accelerator = {"cpu": device == "cpu"}
-    if device == "cuda" and dtype == "float16":
-        accelerator["mixed_precision"] = "fp16"  # scales the loss, or small gradients vanish
+    precision = "fp16" if dtype == "float16" else "no"  # scales the loss, or gradients vanish
     config = PPOConfig(
         seed=settings.seed,
         batch_size=settings.batch_size,
@@ -490,7 +488,7 @@ def make_trainer(policy, tokenizer, settings, device, dtype):
         init_kl_coef=settings.kl_coef,
         adap_kl_ctrl=False,  # TRL's controller takes some 10,000 samples to act
         kl_penalty="full",  # the exact KL
-        accelerator_kwargs=accelerator,
+        accelerator_kwargs={"cpu": device == "cpu", "mixed_precision": precision},
     )
     return ExactKLTrainer(config, policy, ref_model=None, tokenizer=tokenizer)
 
@@ -856,7 +854,7 @@ def check_prompts(prompts, eval_prompts):
         twice = [prompt for prompt, count in Counter(given).items() if count > 1]
         if twice:
             yield f"{name} has {shorten(twice)} twice: give each prompt once"
-    shared = [prompt for prompt in eval_prompts if prompt in set(prompts)]
+    shared = sorted(set(prompts) & set(eval_prompts))
     if shared:
         yield f"EVAL_PROMPTS has {shorten(shared)}, as PROMPTS has: give prompts that it has not"
 
@@ -1261,8 +1259,7 @@ def open_log(settings, metrics):
             with open(path, "a") as file:
                 file.write(json.dumps(record) + "\n")
             if tracker:
-                finite = {name: value for name, value in record.items() if value is not None}
-                tracker.log(finite, step=step)
+                tracker.log(record, step=step)  # it leaves out what is None
             for text in warnings_of(metrics, settings.max_new_tokens):
                 tqdm.write(f"step {step}: {text}")
             success, score, kl = (recent(metrics, n) for n in ("success_rate", "score", "kl"))
@@ -1279,7 +1276,7 @@ def open_log(settings, metrics):
 def recent(metrics, name):
     """Return the mean of a metric over the last 100 samples, of the steps where it was finite."""
     first = metrics[-1]["samples"] - 100
-    values = [r[name] for r in metrics if r["samples"] > first and r[name] is not None]
+    values = [r[name] for r in metrics[-100:] if r["samples"] > first and r[name] is not None]
     return sum(values) / len(values) if values else math.nan
 
 

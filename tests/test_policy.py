@@ -301,3 +301,16 @@ def test_a_quantized_model_learns_and_is_saved_whole(
     assert (trained - saved).abs().sum() < 0.1
     # The update is larger than what the rounding may have cost: without it there were a difference.
     assert (trained - untrained).abs().sum() > 2 * (trained - saved).abs().sum()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_step_on_a_gpu(build, step, make_settings, dtype):
+    built = build(make_settings("--device", "cuda", "--dtype", dtype))
+    queries, responses, _ = train_rlhf.rollout(built.policy, built.tokenizer, ["Life is", "I"])
+    assert {
+        part.device.type for part in train_rlhf.pad_batch(built.tokenizer, queries, responses)
+    } == {"cuda"}
+    first, second = step(built), step(built)
+    assert first["skipped_updates"] == second["skipped_updates"] == 0
+    assert second["kl"] > 0
