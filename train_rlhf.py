@@ -438,14 +438,14 @@ class ExactKLTrainer(PPOTrainer):
                 update = {
                     "policy_loss": stats["loss/policy"],
                     "value_loss": stats["loss/value"],
-                    "approx_kl": masked_mean(step_kl, mask[rows]),  # nats per token, before it
+                    "approx_kl": masked_mean(step_kl, mask[rows]),  # what earlier updates moved
                     "clip_fraction": stats["policy/clipfrac"],
                     "entropy": stats["policy/entropy"],
                 }
                 updates.append(update)
-        means = {
-            n: torch.stack([update[n] for update in updates]).mean().item() for n in updates[0]
-        }
+        means = {}
+        for name in updates[0]:
+            means[name] = torch.stack([update[name] for update in updates]).mean().item()
         return {
             "kl": kl.sum(1).mean().item(),  # nats per response, of the policy that sampled
             "kl_coef": kl_coef,
