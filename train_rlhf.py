@@ -31,7 +31,19 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+
+def missing_quotes(kind, error, trace):
+    """Tell in one line of a constant that lacks its quotes, as in DEVICE = cpu."""
+    where = traceback.extract_tb(trace)[-1]
+    if kind is NameError and (where.filename, where.name) == (__file__, "<module>"):
+        line = where.line.partition("#")[0].strip()
+        print(f'{line}: give "{error.name}", in quotes', file=sys.stderr)
+        sys.exit(2)
+    sys.__excepthook__(kind, error, trace)
+
+
 if __name__ == "__main__" and "__file__" in globals():  # a script, not a cell of a notebook
+    sys.excepthook = missing_quotes
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing takes seconds: no stack trace there
 for library in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(library).setLevel(logging.ERROR)  # here, since one speaks when it is imported
@@ -50,20 +62,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from trl.core import masked_mean
-
-
-def missing_quotes(kind, error, trace):
-    """Tell in one line of a constant that lacks its quotes, as in DEVICE = cpu."""
-    where = traceback.extract_tb(trace)[-1]
-    if kind is NameError and (where.filename, where.name) == (__file__, "<module>"):
-        line = where.line.partition("#")[0].strip()
-        print(f'{line}: give "{error.name}", in quotes', file=sys.stderr)
-        sys.exit(2)
-    sys.__excepthook__(kind, error, trace)
-
-
-if __name__ == "__main__" and "__file__" in globals():
-    sys.excepthook = missing_quotes
 
 # --- Model
 MODEL_NAME = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"  # a name on the Hub, or a local folder
@@ -303,15 +301,15 @@ def response_text(tokenizer, query, response):
 def pad_batch(tokenizer, queries, responses):
     """Put the queries, padded on the left, before the responses, padded on the right.
 
-    So the responses stand in the same columns. Returns input_ids and attention_mask, both (batch,
-    query length + response length), and the mask of the response tokens (batch, response length).
+    So the responses stand in the same columns. Returns input_ids and attention_mask by name, both
+    (batch, query length + response length), and the mask of the response tokens (batch, response
+    length).
     """
     device = queries[0].device  # which pad does not keep
     left = tokenizer.pad({"input_ids": queries}, padding_side="left", return_tensors="pt")
     right = tokenizer.pad({"input_ids": responses}, padding_side="right", return_tensors="pt")
-    input_ids = torch.cat([left["input_ids"], right["input_ids"]], dim=1)
-    attention_mask = torch.cat([left["attention_mask"], right["attention_mask"]], dim=1)
-    return input_ids.to(device), attention_mask.to(device), right["attention_mask"].to(device)
+    inputs = {name: torch.cat([left[name], right[name]], dim=1).to(device) for name in left}
+    return inputs, right["attention_mask"].to(device)
 
 
 # -------------------------------------------------------------------------------------- the reward
@@ -377,11 +375,10 @@ class ExactKLTrainer(PPOTrainer):
         """
         config = self.config
         kl_coef = self.kl_ctl.value  # which stays as it is
-        input_ids, attention_mask, mask = pad_batch(self.tokenizer, queries, responses)
-        tokens = input_ids[:, -mask.shape[1] :]
-        token_scores = pad_sequence(token_scores, batch_first=True).to(input_ids.device)
-        earned = token_scores.cumsum(1) - token_scores  # before each token
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "earned": earned}
+        inputs, mask = pad_batch(self.tokenizer, queries, responses)
+        tokens = inputs["input_ids"][:, -mask.shape[1] :]
+        token_scores = pad_sequence(token_scores, batch_first=True).to(mask.device)
+        inputs["earned"] = token_scores.cumsum(1) - token_scores  # before each token
 
         # The policy that sampled, and the base model: the same network with its adapter off.
         all_logprobs, values = self.forward_pass(inputs)
@@ -499,15 +496,16 @@ def make_report(trainer, tokenizer, reward, settings, metrics, device, dtype):
     """Measure base and trained model alike on both sets of prompts; return the report.json."""
     print(f"\nMeasuring before and after, {settings.eval_samples} samples each time", flush=True)
     base, trained = {}, {}
-    sets = {"train_prompts": settings.prompts, "eval_prompts": settings.eval_prompts}
+    sets = {"train_prompts": settings.prompts}
+    if settings.eval_prompts:
+        sets["eval_prompts"] = settings.eval_prompts
     for name, prompts in sets.items():
         for measured, context in ((base, trainer.optional_peft_ctx), (trained, nullcontext)):
-            if prompts:
-                set_seeds(settings.seed, prompts)  # the same random numbers before and after
-                with context():
-                    measured[name] = measure(trainer, tokenizer, prompts, reward, settings)
-                rates = measured[name]["success_rate"], base[name]["success_rate"]
-                measured[name]["kl_minimum"] = kl_minimum(*rates, base[name]["samples"])
+            set_seeds(settings.seed, prompts)  # the same random numbers before and after
+            with context():
+                measured[name] = measure(trainer, tokenizer, prompts, reward, settings)
+            rates = measured[name]["success_rate"], base[name]["success_rate"]
+            measured[name]["kl_minimum"] = kl_minimum(*rates, base[name]["samples"])
     before, after = base["train_prompts"], trained["train_prompts"]
     mean = (before["success_rate"] + after["success_rate"]) / 2
     standard_error = math.sqrt(2 * mean * (1 - mean) / before["samples"])  # were both the mean
@@ -560,14 +558,13 @@ def measure(trainer, tokenizer, prompts, reward, settings):
 
 def compare_with_base(trainer, queries, responses):
     """Return each response's KL(model || base model) in nats and base logprob, both (batch,)."""
-    input_ids, attention_mask, mask = pad_batch(trainer.tokenizer, queries, responses)
-    nothing = torch.zeros(mask.shape, device=mask.device)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "earned": nothing}
+    inputs, mask = pad_batch(trainer.tokenizer, queries, responses)
+    inputs["earned"] = torch.zeros_like(mask)  # on which the values alone depend
     all_logprobs, _ = trainer.forward_pass(inputs)
     with trainer.optional_peft_ctx():
         all_ref_logprobs, _ = trainer.forward_pass(inputs)
     kl = trainer._kl_penalty(all_logprobs, all_ref_logprobs)
-    ref_logprobs = of_tokens(all_ref_logprobs, input_ids[:, -mask.shape[1] :])
+    ref_logprobs = of_tokens(all_ref_logprobs, inputs["input_ids"][:, -mask.shape[1] :])
     return (kl * mask).sum(1), (ref_logprobs * mask).sum(1)
 
 
@@ -793,9 +790,8 @@ def read_flags(argv, constants, rules):
             given[name] = True
         elif kinds[name] not in ("texts", "prompts") and len(values) == 1:
             given[name] = values[0]
-    return given, [
-        f"{shorten(text)} follows no flag: --help lists all" for text in strays
-    ] + problems
+    strays = [f"{shorten(text)} follows no flag: --help lists all" for text in strays]
+    return given, strays + problems
 
 
 def explain_flags(constants):
@@ -828,24 +824,23 @@ def near_miss(given, flags):
 
 def read_prompts(entry):
     """Return the prompts of a .txt file, a line each, or a .jsonl, {"prompt": …}, or the text."""
-    if os.path.isfile(entry) and not entry.endswith((".txt", ".jsonl")):
-        raise SettingsError(f"{shorten(entry)} is a file of another kind: give a .txt or .jsonl")
     if not entry.endswith((".txt", ".jsonl")):
+        if os.path.isfile(entry):
+            problem = f"{shorten(entry)} is a file of another kind"
+            raise SettingsError(f"{problem}: give a .txt or .jsonl")
         return [entry]
     prompts, number = [], 0
     try:
         text = Path(entry).read_text(encoding="utf-8-sig")  # a BOM is part of no prompt
         for number, line in enumerate(text.strip().split("\n"), start=1):
-            if line.strip() or number == 1:
+            if line.strip() or number == 1:  # a first line that is empty is a file that is empty
                 prompt = json.loads(line)["prompt"] if entry.endswith(".jsonl") else line.strip()
                 prompts.append(convert(prompt, "text", ()))
         return prompts
     except Exception as error:
-        where = (
-            f"{shorten(entry)}{f', line {number},' * bool(number)} can't be read ({shorten(error)})"
-        )
+        where = f"{shorten(entry)}, line {number}," if number else shorten(entry)
         remedy = 'give one prompt a line in UTF-8, in a .jsonl as {"prompt": "I feel so"}'
-        raise SettingsError(f"{where}: {remedy}") from error
+        raise SettingsError(f"{where} can't be read ({shorten(error)}): {remedy}") from error
 
 
 def check_prompts(prompts, eval_prompts):
@@ -1229,9 +1224,8 @@ def announce(policy, settings, device, dtype, metrics):
     print(f"Device    {device_name(device)}, {dtype} weights")
     print(f"Prompts   {len(settings.prompts)} to train on, {len(settings.eval_prompts)} held out")
     print(f"Reward    {reward if settings.reward == 'positive_word_reward' else settings.reward}")
-    print(
-        f"Training  {samples} samples{filled} in {steps} step{'s' * (steps > 1)}, seed {settings.seed}"
-    )
+    words = f"{steps} step{'s' * (steps > 1)}"
+    print(f"Training  {samples} samples{filled} in {words}, seed {settings.seed}")
     print(f"Output    {settings.output_dir}/{going_on}\n", flush=True)
 
 
@@ -1385,8 +1379,8 @@ def summarize(report, folder):
     lines = [f"# {Path(settings['model_name']).name}, fine-tuned with PPO", ""]
     columns = {"  base": base["train_prompts"], "trained": trained["train_prompts"]}
     if "eval_prompts" in base:
-        columns |= {"base, held out": base["eval_prompts"]}
-        columns |= {"trained, held out": trained["eval_prompts"]}
+        columns["base, held out"] = base["eval_prompts"]
+        columns["trained, held out"] = trained["eval_prompts"]
     lines += [f"| {'':21} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in ("success_rate", "score", "kl", "kl_minimum", "distinct", "perplexity_under_base"):
         figures = (f"{part[name]:z.3f}".rjust(len(title)) for title, part in columns.items())
@@ -1448,7 +1442,7 @@ def main(argv=()):
         with stop_on_signal():
             settings = read_settings(argv, globals(), RULES, CHECKS)
             if settings.resume:
-                check_resume(settings, RULES, count_steps(settings))
+                check_resume(settings, RULES, count_steps(settings))  # before anything is loaded
             run(settings)
             print(end="", flush=True)  # where the output can't be written, it is told here
         return 0

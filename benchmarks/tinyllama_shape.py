@@ -55,6 +55,7 @@ def main():
         output = Path(folder, "trained_model")
         report = json.loads((output / "report.json").read_text())
         metrics = (output / "metrics.jsonl").read_text().splitlines()
+        disk = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 1e9
     seconds = [json.loads(line)["seconds"] for line in metrics]
     figures = [*report["base"].values(), *report["trained"].values()]
     measured = sum(figure["samples"] for figure in figures)
@@ -64,7 +65,7 @@ def main():
     speed, memory = report["samples_per_second"], report["peak_memory_mb"] / 1000
     print(f"\n{report['device']}, {report['dtype']}: {steps} s a step,")
     print(f"{total - seconds[-1]:.0f} s for loading, saving and measuring {measured} samples,")
-    print(f"{speed:.2f} samples a second, {memory:.1f} GB at the peak")
+    print(f"{speed:.2f} samples a second, {memory:.1f} GB at the peak, {disk:.1f} GB on the disk")
 
 
 if __name__ == "__main__":

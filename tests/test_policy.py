@@ -26,9 +26,8 @@ def ask(tokenizer, *prompts):
 
 def evaluate(built, queries, responses):
     """Return all logprobs and values of padded responses, each token of which has earned 1."""
-    input_ids, attention_mask, mask = train_rlhf.pad_batch(built.tokenizer, queries, responses)
-    earned = (mask.cumsum(1) - mask).float()
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "earned": earned}
+    inputs, mask = train_rlhf.pad_batch(built.tokenizer, queries, responses)
+    inputs["earned"] = (mask.cumsum(1) - mask).float()
     all_logprobs, values = built.trainer.forward_pass(inputs)
     rows = zip(all_logprobs, values, mask.bool())
     return [(logprobs[where], value[where]) for logprobs, value, where in rows]
@@ -308,9 +307,8 @@ def test_a_quantized_model_learns_and_is_saved_whole(
 def test_a_step_on_a_gpu(build, step, make_settings, dtype):
     built = build(make_settings("--device", "cuda", "--dtype", dtype))
     queries, responses, _ = train_rlhf.rollout(built.policy, built.tokenizer, ["Life is", "I"])
-    assert {
-        part.device.type for part in train_rlhf.pad_batch(built.tokenizer, queries, responses)
-    } == {"cuda"}
+    inputs, mask = train_rlhf.pad_batch(built.tokenizer, queries, responses)
+    assert {part.device.type for part in (*inputs.values(), mask)} == {"cuda"}
     first, second = step(built), step(built)
     assert first["skipped_updates"] == second["skipped_updates"] == 0
     assert second["kl"] > 0

@@ -118,9 +118,10 @@ def test_queries_are_padded_on_the_left_and_responses_on_the_right(build, settin
     pad = tokenizer.pad_token_id
     queries = [torch.tensor(ids) for ids in ([5, pad, 7], [8])]
     responses = [torch.tensor(ids) for ids in ([9, pad], [10, 11, 12])]
-    input_ids, attention_mask, mask = train_rlhf.pad_batch(tokenizer, queries, responses)
-    assert input_ids.tolist() == [[5, pad, 7, 9, pad, pad], [pad, pad, 8, 10, 11, 12]]
-    assert attention_mask.tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
+    inputs, mask = train_rlhf.pad_batch(tokenizer, queries, responses)
+    assert inputs.keys() == {"input_ids", "attention_mask"}
+    assert inputs["input_ids"].tolist() == [[5, pad, 7, 9, pad, pad], [pad, pad, 8, 10, 11, 12]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
@@ -170,8 +171,8 @@ def test_rollout_and_loss_speak_of_one_distribution(build, make_settings, plain,
     responses = generate(built, queries)
     assert built.policy.pretrained_model.generation_config.temperature == temperature
 
-    input_ids, attention_mask, mask = train_rlhf.pad_batch(built.tokenizer, queries, responses)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "earned": mask.float()}
+    inputs, mask = train_rlhf.pad_batch(built.tokenizer, queries, responses)
+    inputs["earned"] = mask.float()
     all_logprobs, _ = built.trainer.forward_pass(inputs)
     for query, response, logprobs in zip(queries, responses, all_logprobs):
         with torch.no_grad():
