@@ -7,11 +7,15 @@
 Read it from top to bottom, as the data flows: constants, run, policy, rollout, reward, PPO step.
 """
 
+import argparse
 import difflib
+import glob
+import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -21,13 +25,12 @@ import runpy
 import shutil
 import signal
 import sys
-import textwrap
+import tempfile
 import time
 import traceback
 import warnings
-import zlib
-from collections import Counter
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,14 +51,13 @@ if __name__ == "__main__" and "__file__" in globals():  # a script, not a cell o
 for library in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(library).setLevel(logging.ERROR)  # here, since one speaks when it is imported
 
-import numpy
+import datasets
 import psutil
 import torch
 import transformers
 from accelerate.tracking import TensorBoardTracker
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
@@ -73,23 +75,30 @@ QUANTIZATION = "none"  # 8bit or 4bit keep the frozen weights small, with bitsan
 DEVICE = "auto"  # cuda or cpu; auto = cuda where there is one
 DTYPE = "auto"  # float32, bfloat16 or float16 weights; auto = float32 on a CPU, 16 bits on a GPU
 
-# --- Prompts and reward
-PROMPTS = [  # beginnings to continue, in turn; a .txt or .jsonl file stands for its prompts
+# --- Prompts
+PROMPTS = [  # texts to continue; a .txt, .jsonl, .json, .csv or .parquet file stands for its rows
     "I feel so", "This makes me", "I am really", "Today I am", "Life is", "I'm feeling",
 ]  # fmt: skip
-EVAL_PROMPTS = [  # never trained on, but measured, to see what carries over; [] = not measured
+EVAL_PROMPTS = [  # never trained on, but measured; as these stand, a tenth of a file; [] = off
     "Right now I am", "My day was", "It makes me feel", "Tonight I feel", "Everything seems",
     "I woke up feeling",
 ]  # fmt: skip
+PROMPT_FIELD = "auto"  # of a row; auto = prompt, messages, text, instruction (+ input), question
+CHAT_TEMPLATE = False  # True = a prompt is what a user says, put into the tokenizer's template
+
+# --- Reward
+REWARD = "positive_word_reward"  # or FILE.py:FUNCTION, or a classifier: a folder, a Hub name
 POSITIVE_WORDS = [  # a response with one of these whole words, in any case, scores +1, else -1
     "happy", "glad", "good", "great", "smile", "joy", "love", "wonderful", "amazing", "excited",
     "pleased", "delighted", "cheerful", "grateful", "blessed", "fantastic",
 ]  # fmt: skip
+REWARD_LABEL = "POSITIVE"  # of a classifier with several labels: its log-odds are the score
 SCORE_PREFIXES = True  # a token earns what it adds to the score; False = the last gets it all
-REWARD = "positive_word_reward"  # or FILE.py:FUNCTION, from a response's text to its score
+SCALE_SAMPLES = 200  # of the base model: its graded scores get mean 0 and deviation 1; 0 = off
+SUCCESS_THRESHOLD = "auto"  # a higher score is a success; auto = only where scores have two values
 
 # --- Rollout
-TRAINING_EPOCHS = 150  # passes over PROMPTS; 150 passes over 6 prompts are 900 samples
+TRAINING_EPOCHS = 150  # passes over PROMPTS; 150 over 6 are 900 samples; 0.1 = a tenth of a pass
 BATCH_SIZE = 10  # responses sampled for one PPO step; more is steadier but slower to react
 MAX_NEW_TOKENS = 10  # length of a response in tokens, at most
 TEMPERATURE = 1.0  # divides the logits of policy and base model everywhere; 1.0 = as they are
@@ -111,7 +120,7 @@ MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0 = off
 SEED = 0  # the same seed on the same machine gives the same run
 EVAL_SAMPLES = 240  # responses in each of the four measurements at the end, spread over the prompts
 EVAL_BATCH_SIZE = 40  # responses generated at once there; less saves memory
-LOG_EVERY = 5  # steps between two lines of progress where the output is no terminal
+LOG_EVERY = 5  # steps between two samples on the screen, and two lines where it is no terminal
 SAVE_EVERY = 10  # steps between two checkpoints; 0 = only where the run ends or is stopped
 RESUME = False  # go on from the checkpoint in OUTPUT_DIR
 REPORT_TO = "none"  # tensorboard = the metrics there too (pip install it); none = off
@@ -120,13 +129,21 @@ REPORT_TO = "none"  # tensorboard = the metrics there too (pip install it); none
 # ----------------------------------------------------------------------------------------- the run
 def run(settings):
     """Do the whole run: load, train with PPO, measure before and after, save, show."""
-    reward = load_reward(settings.reward, settings.positive_words, settings.prompts[0])
+    rows, eval_rows, left_out = read_prompts(
+        settings.prompts, settings.eval_prompts, settings.prompt_field, settings.seed
+    )
+    given = len(rows) + len(eval_rows) + left_out
+    files = hash_files([*settings.prompts, settings.reward.rpartition(":")[0]])
+    if settings.resume:  # look before anything is loaded
+        check_resume(settings, RULES, count_steps(settings, rows), files)
     device, dtype = pick_device(settings.device, settings.dtype)
+    reward, scale = load_reward(settings, rows + eval_rows, device)
     remedy = "name a causal language model with config.json, *.safetensors and a tokenizer"
     with blame("MODEL_NAME", settings.model_name, remedy):
-        path = find_model(settings.model_name)
+        path = find_model("MODEL_NAME", settings.model_name)
         tokenizer = load_tokenizer(path)
-        check_length(path, tokenizer, settings)
+        rows = prompts_that_fit(path, tokenizer, rows, settings)
+        eval_rows = prompts_that_fit(path, tokenizer, eval_rows, settings)
         model = load_base_model(path, device, dtype, settings.quantization)
     policy = make_policy(model, tokenizer, settings)
     trainer = make_trainer(policy, tokenizer, settings, device, dtype)
@@ -135,63 +152,66 @@ def run(settings):
         learner = trainer.model, trainer.optimizer, trainer.accelerator.scaler
         metrics = []
         if settings.resume:
-            metrics = load_checkpoint(*learner, settings, RULES, count_steps(settings))
-        announce(policy, settings, device, dtype, metrics)
-        train(trainer, tokenizer, reward, settings, metrics)
-        report = make_report(trainer, tokenizer, reward, settings, metrics, device, dtype)
-        save_results(policy, tokenizer, report, metrics, settings.output_dir)
+            state = load_checkpoint(*learner, settings, RULES, count_steps(settings, rows), files)
+            metrics, scale = state["metrics"], state["scale"]
+        announce(policy, settings, device, dtype, rows, eval_rows, given, metrics)
+        scale = scale or measure_scale(policy, tokenizer, reward, rows, settings)
+        save = partial(save_checkpoint, *learner, settings, metrics, scale=scale, files=files)
+        if settings.success_threshold != "auto":
+            scale = scale | {"threshold": settings.success_threshold}
+        train(trainer, tokenizer, reward, scale, rows, settings, metrics, save)
+        report, base_scores = make_report(
+            trainer, tokenizer, reward, scale, rows, eval_rows, settings, metrics
+        )
+        save_results(policy, tokenizer, report, base_scores, metrics, settings.output_dir)
     print(summarize(report, os.path.join(".", settings.output_dir)))
 
 
-def train(trainer, tokenizer, reward, settings, metrics):
+def train(trainer, tokenizer, reward, scale, rows, settings, metrics, save):
     """Take PPO steps until the samples are used up; append the record of each to metrics."""
-    total_steps = count_steps(settings)
-    learner = trainer.model, trainer.optimizer, trainer.accelerator.scaler
+    total_steps = count_steps(settings, rows)
     try:
-        with stop_on_signal(after_step=True) as stop, open_log(settings, metrics) as log:
+        with stop_on_signal(True) as stop, open_log(settings, metrics, total_steps) as log:
             for step in range(len(metrics) + 1, total_steps + 1):
-                set_seeds(settings.seed, step)
-                prompts = prompts_of_step(step, settings.prompts, settings.batch_size)
-                queries, responses, texts = rollout(trainer.model, tokenizer, prompts)
-                scores = score_responses(reward, prompts, texts)
-                sampled = zip(prompts, queries, responses, scores)
-                token_scores = score_tokens(reward, tokenizer, sampled, settings.score_prefixes)
-                stats = trainer.step(queries, responses, token_scores)
-                metrics.append(make_record(step, texts, scores, stats, settings))
-                log(metrics)
+                set_seed(settings.seed, step)
+                batch = rows_of_step(step, rows, settings.batch_size, settings.seed)
+                queries = encode(tokenizer, batch, settings.chat_template)
+                responses, texts = rollout(trainer.model, tokenizer, queries)
+                scores, token_scores = score_responses(
+                    reward, scale, tokenizer, batch, queries, responses, settings.score_prefixes
+                )
+                stats, kls = trainer.step(queries, responses, token_scores)
+                metrics.append(make_record(step, texts, scores, stats, scale, rows))
+                log(metrics, batch, texts, scores, kls)
                 give_up_on_bad_numbers(metrics)
                 set_learning_rate(trainer.optimizer, metrics, total_steps, settings)
                 stopping = stop.requested
-                if stopping or is_checkpoint_due(metrics, total_steps, settings.save_every):
-                    save_checkpoint(*learner, settings, metrics)
+                due = settings.save_every and step % settings.save_every == 0
+                if (due and not stats["skipped_updates"]) or stopping or step == total_steps:
+                    save()
                 if stopping:
                     break
-    except RewardError:
-        save_checkpoint(*learner, settings, metrics)  # the steps before it are worth keeping
+    except RunError:
+        if metrics and not metrics[-1]["skipped_updates"]:
+            save()  # the steps before it are worth keeping
         raise
 
 
-def set_learning_rate(optimizer, metrics, total_steps, settings):
-    """Set the rate with which the next step moves as far as its target, in nats per token.
+def set_learning_rate(optimizer, metrics, total_steps, settings, limit=1.5):
+    """Set the rate with which the last step would have moved as far as the next one should.
 
-    The target falls from TARGET_APPROX_KL to 0 as (1 - progress)^3: large steps early, to get there,
-    and ever finer ones later, since the noise of the last steps stays in the result.
+    The rates that suit small and large models differ by orders of magnitude, the nats per token
+    that a step moves do not; they grow with the square of the rate, which changes by the factor
+    `limit` at most. The target falls from TARGET_APPROX_KL to 0 as (1 - progress)^3: large steps
+    early, to get there, and ever finer ones later, since the noise of the last steps stays in the
+    result. An approx_kl of None was not finite: far too much.
     """
-    if settings.target_approx_kl > 0:
-        target = settings.target_approx_kl * (1 - len(metrics) / total_steps) ** 3
-        for group in optimizer.param_groups:
-            group["lr"] = adapt_learning_rate(group["lr"], metrics[-1]["approx_kl"], target)
-
-
-def adapt_learning_rate(learning_rate, approx_kl, target, limit=1.5):
-    """Return the rate with which the last step would have moved as far as the target.
-
-    The rates that suit small and large models differ by orders of magnitude, the nats that a step
-    moves do not. The nats grow with the square of the rate. From step to step the rate changes by
-    the factor `limit` at most. An approx_kl of None was not finite: it counts as far too much.
-    """
+    target = settings.target_approx_kl * (1 - len(metrics) / total_steps) ** 3
+    approx_kl = metrics[-1]["approx_kl"]
     factor = 0 if approx_kl is None else math.sqrt(target / max(approx_kl, 1e-12))
-    return learning_rate * min(max(factor, 1 / limit), limit)
+    for group in optimizer.param_groups:
+        if settings.target_approx_kl > 0:
+            group["lr"] *= min(max(factor, 1 / limit), limit)
 
 
 # -------------------------------------------------------------------------------------- the policy
@@ -213,8 +233,7 @@ class PolicyWithValueHead(AutoModelForCausalLMWithValueHead):
 
         input_ids, attention_mask: (batch, query length + response length), as from pad_batch.
         earned: (batch, response length), the sum of the scores of the tokens before each one. A
-        value is what is still to come, which depends on that: it is a linear function of it, with
-        both of its coefficients from the value head.
+        value, what is still to come, is a linear function of it with both coefficients learned.
         Returns float32 logits (batch, response length, vocabulary), divided by TEMPERATURE as in
         sampling, and values (batch, response length).
         """
@@ -238,7 +257,7 @@ def make_policy(model, tokenizer, settings):
         top_p=1.0,
         max_new_tokens=settings.max_new_tokens,
         bos_token_id=own.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
+        eos_token_id=end_tokens(own.eos_token_id, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     targets = settings.lora_targets
@@ -251,44 +270,30 @@ def make_policy(model, tokenizer, settings):
     torch.manual_seed(settings.seed)  # of the adapter's first values
     with blame("LORA_TARGETS", targets, "name linear layers of this model, or all-linear"):
         adapted = get_peft_model(model, lora)
-        names = adapted.base_model.targeted_module_names
-        unknown = [target for target in targets if not any(target in name for name in names)]
+        names = " ".join(f".{name} " for name in adapted.base_model.targeted_module_names)
+        unknown = [target for target in targets if f".{target} " not in names]
         if unknown and targets != ["all-linear"]:  # PEFT says so only where no name is known
             raise ValueError(f"the model has no layer {unknown}")
     return PolicyWithValueHead(adapted, settings.temperature).to(model.device).eval()
 
 
 # ------------------------------------------------------------------------------------- the rollout
-def prompts_of_step(step, prompts, batch_size):
-    """Return the next batch_size prompts, in turn; steps count from 1."""
-    first = (step - 1) * batch_size
-    return [prompts[index % len(prompts)] for index in range(first, first + batch_size)]
-
-
-def rollout(policy, tokenizer, prompts):
-    """Sample a response to each prompt.
-
-    Returns queries and responses, lists of 1-D tensors of token ids, and the responses' texts.
-    """
-    device = policy.pretrained_model.device
-    queries = [torch.tensor(tokenizer(prompt)["input_ids"], device=device) for prompt in prompts]
-    responses = generate(policy.pretrained_model, tokenizer, queries)
-    texts = [response_text(tokenizer, *pair) for pair in zip(queries, responses)]
-    return queries, responses, texts
-
-
 @torch.no_grad()
-def generate(model, tokenizer, queries):
-    """Sample one response to each query, all at once: 1-D tensors up to the first end token."""
+def rollout(policy, tokenizer, queries):
+    """Sample a response to each query, all at once, each up to its first end token.
+
+    Returns the responses, 1-D tensors of token ids, and their texts.
+    """
+    model = policy.pretrained_model
     batch = tokenizer.pad({"input_ids": queries}, padding_side="left", return_tensors="pt")
     # Logits that are not finite become finite here; they end in a skipped update.
     sequences = model.generate(**batch.to(model.device), remove_invalid_values=True)
-    end_ids = torch.tensor(model.generation_config.eos_token_id, device=model.device)  # or several
+    end_ids = torch.tensor(model.generation_config.eos_token_id, device=model.device)
     responses = []
     for row in sequences[:, batch["input_ids"].shape[1] :]:  # without the query, which is no action
         ends = torch.isin(row, end_ids).nonzero()
         responses.append(row[: ends[0, 0] + 1] if len(ends) else row)
-    return responses
+    return responses, [response_text(tokenizer, *both) for both in zip(queries, responses)]
 
 
 def response_text(tokenizer, query, response):
@@ -301,57 +306,57 @@ def response_text(tokenizer, query, response):
 def pad_batch(tokenizer, queries, responses):
     """Put the queries, padded on the left, before the responses, padded on the right.
 
-    So the responses stand in the same columns. Returns input_ids and attention_mask by name, both
-    (batch, query length + response length), and the mask of the response tokens (batch, response
-    length).
+    Returns input_ids and attention_mask by name, both (batch, query length + response length), and
+    the mask of the response tokens (batch, response length), on the device of the responses.
     """
-    device = queries[0].device  # which pad does not keep
+    device = responses[0].device  # which pad does not keep
     left = tokenizer.pad({"input_ids": queries}, padding_side="left", return_tensors="pt")
     right = tokenizer.pad({"input_ids": responses}, padding_side="right", return_tensors="pt")
-    inputs = {name: torch.cat([left[name], right[name]], dim=1).to(device) for name in left}
-    return inputs, right["attention_mask"].to(device)
+    left, right = left.to(device), right.to(device)
+    inputs = {name: torch.cat([left[name], right[name]], dim=1) for name in left}
+    return inputs, right["attention_mask"]
 
 
 # -------------------------------------------------------------------------------------- the reward
-def positive_word_reward(text, positive_words=None):
-    """Return +1.0 if the text has one of the words (None = POSITIVE_WORDS), whole, else -1.0."""
+def positive_word_reward(prompts, completions, positive_words=None, **kwargs):
+    """Return +1.0 for each completion with one of the words (None = POSITIVE_WORDS), else -1.0.
+
+    A word counts whole. Letters that only prolong the prompt's last word are no word of their own.
+    This is the form of TRL's reward functions for GRPO; yours in another file has it too.
+    """
     words = POSITIVE_WORDS if positive_words is None else positive_words
     pattern = "|".join(re.escape(word.strip()) for word in words)
-    return 1.0 if re.search(rf"(?<!\w)({pattern})(?!\w)", text, re.IGNORECASE) else -1.0
-
-
-def score_responses(reward, prompts, texts):
-    """Return the score of each response, a list of floats: what the reward says of its text.
-
-    Letters that only prolong the prompt's last word are left out: they are no word of their own.
-    """
     scores = []
-    for prompt, text in zip(prompts, texts):
+    for prompt, completion in zip(prompts, completions):
         if prompt[-1].isalnum():
-            text = re.sub(r"^\w+", "", text, flags=re.ASCII)  # not of scripts without spaces
-        scores.append(call_reward(reward, text))
+            completion = re.sub(r"^\w+", "", completion, flags=re.ASCII)  # scripts without spaces
+        found = re.search(rf"(?<!\w)({pattern})(?!\w)", completion, re.IGNORECASE)
+        scores.append(1.0 if found else -1.0)
     return scores
 
 
-def score_tokens(reward, tokenizer, sampled, score_prefixes):
-    """Return what each token of each response earns, 1-D tensors as long as the responses.
+def score_responses(reward, scale, tokenizer, rows, queries, responses, score_prefixes):
+    """Return the score of each response, and what each of its tokens earns, as 1-D tensors.
 
-    sampled: (prompt, query, response, score) of each response. With score_prefixes a token earns
-    what it adds to the score of the text so far, so the reward is asked about every beginning, the
-    empty one too. It all sums up to the response's score less that of the empty text, so the best
-    policy stays the best: potential-based shaping (Ng, Harada and Russell 1999), exact for GAMMA 1.
-    Without score_prefixes the last token earns the whole score.
+    With score_prefixes a token earns what it adds to the score of the text so far: the reward is
+    asked about every beginning too. That sums up to the response's score less that of the empty
+    text, so the best policy stays the best: potential-based shaping (Ng, Harada and Russell 1999),
+    exact for GAMMA 1. Without, the last token earns it all. What is earned is on_scale.
     """
-    token_scores = []
-    for prompt, query, response, score in sampled:
-        before = torch.zeros(len(response))
-        if score_prefixes:
-            ends = range(len(response))
-            prefixes = [response_text(tokenizer, query, response[:end]) for end in ends]
-            before = torch.tensor(score_responses(reward, [prompt] * len(prefixes), prefixes))
-        after = torch.cat([before[1:], torch.tensor([score])])
-        token_scores.append(after - before)
-    return token_scores
+    asked, texts, counts = [], [], []
+    for row, query, response in zip(rows, queries, responses):
+        ends = range(0 if score_prefixes else len(response), len(response) + 1)
+        texts += [response_text(tokenizer, query, response[:end]) for end in ends]
+        asked += [row] * len(ends)
+        counts.append(len(ends))
+    scores, token_scores = [], []
+    all_scores = torch.tensor(reward(asked, texts), dtype=torch.float64)
+    for response, own in zip(responses, all_scores.split(counts)):
+        scores.append(own[-1].item())
+        scaled = on_scale(own, scale)
+        unasked = torch.zeros(len(response) + 1 - len(scaled))
+        token_scores.append(torch.cat([unasked, scaled]).diff().float())
+    return scores, token_scores
 
 
 # ------------------------------------------------------------------------------------ the PPO step
@@ -367,7 +372,9 @@ class ExactKLTrainer(PPOTrainer):
     """
 
     def step(self, queries, responses, token_scores):
-        """Improve the policy with one batch of responses; return the step's metrics as floats.
+        """Improve the policy with one batch of responses.
+
+        Returns the step's metrics as floats, and the KL in nats of each response as a list.
 
         queries, responses: lists of 1-D tensors of token ids. token_scores: what each token of each
         response earns, 1-D float tensors. Below, tensors are (batch, response length), and those
@@ -401,8 +408,7 @@ class ExactKLTrainer(PPOTrainer):
         max_norm = config.max_grad_norm or math.inf
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for _ in range(config.ppo_epochs):
-            order = numpy.random.permutation(config.batch_size)
-            for rows in numpy.split(order, config.batch_size // config.mini_batch_size):
+            for rows in torch.randperm(config.batch_size).split(config.mini_batch_size):
                 logits, new_values = self.model(**{name: inputs[name][rows] for name in inputs})
                 all_new_logprobs = torch.log_softmax(logits, dim=-1)
 
@@ -443,13 +449,14 @@ class ExactKLTrainer(PPOTrainer):
         means = {}
         for name in updates[0]:
             means[name] = torch.stack([update[name] for update in updates]).mean().item()
-        return {
+        metrics = {
             "kl": kl.sum(1).mean().item(),  # nats per response, of the policy that sampled
             "kl_coef": kl_coef,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **means,
             "skipped_updates": skipped_updates,
         }
+        return metrics, kl.sum(1).tolist()
 
     @torch.no_grad()
     def forward_pass(self, inputs):
@@ -491,31 +498,136 @@ def make_trainer(policy, tokenizer, settings, device, dtype):
 
 
 # =================================================================== nothing below this line is PPO
+# --------------------------------------------------------------------------- steps and records
+def count_steps(settings, rows):
+    """Return how many batches TRAINING_EPOCHS passes over the rows take; the last is filled up."""
+    samples = round(settings.training_epochs * len(rows), 6)  # 0.07 * 100 is 7.000000000000001
+    return math.ceil(samples / settings.batch_size)
+
+
+def set_seed(seed, step=0):
+    """Let the random numbers that follow depend on seed and step alone: a run can go on anywhere."""
+    torch.manual_seed(seed * 10**6 + step)
+
+
+def make_record(step, texts, scores, stats, scale, rows):
+    """Return the line of metrics.jsonl for a step; what is not finite becomes None, JSON's null."""
+    samples, scaled = (
+        step * len(texts),
+        on_scale(torch.tensor(scores).double(), scale).mean().item(),
+    )
+    record = {
+        "step": step,
+        "samples": samples,
+        "epoch": samples / len(rows),
+        "success_rate": success_rate(scores, scale["threshold"]),
+        "score": sum(scores) / len(scores),
+        "reward": scaled - stats["kl_coef"] * stats["kl"],
+        **stats,
+        "distinct": len(set(texts)) / len(texts),
+    }
+    return {name: finite(value) for name, value in record.items()}
+
+
+def finite(value):
+    """Return a number, or None for one that is not finite."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def success_rate(scores, threshold):
+    """Return the share of scores above the threshold, None where there is none."""
+    return None if threshold is None else sum(each > threshold for each in scores) / len(scores)
+
+
+def give_up_on_bad_numbers(metrics):
+    """Raise RunError where each of the last three steps had updates that were skipped."""
+    if len(metrics) >= 3 and all(record["skipped_updates"] for record in metrics[-3:]):
+        remedy = "lower TARGET_APPROX_KL, or start anew with a lower LEARNING_RATE or DTYPE float32"
+        raise RunError(f"three steps in a row had updates that are not finite: {remedy}")
+
+
 # --------------------------------------------------------------------------------- the measurement
-def make_report(trainer, tokenizer, reward, settings, metrics, device, dtype):
-    """Measure base and trained model alike on both sets of prompts; return the report.json."""
+def sample(policy, tokenizer, rows, samples, settings):
+    """Yield rows, queries, responses and texts of that many samples, EVAL_BATCH_SIZE at a time."""
+    rows = rows[:: math.ceil(len(rows) / samples)]  # of many, some
+    asked = [row for row in rows for _ in range(math.ceil(samples / len(rows)))]
+    starts = range(0, len(asked), settings.eval_batch_size)
+    for start in tqdm(starts, leave=False, disable=None):
+        batch = asked[start : start + settings.eval_batch_size]
+        queries = encode(tokenizer, batch, settings.chat_template)
+        yield batch, queries, *rollout(policy, tokenizer, queries)
+
+
+AS_IT_IS = {"mean": 0.0, "deviation": 1.0, "graded": False, "threshold": None}  # no scale at all
+
+
+def measure_scale(policy, tokenizer, reward, rows, settings):
+    """Return what on_scale needs, from samples of the base model, and the threshold of a success.
+
+    A rule with two scores is left as it is; the higher one is a success.
+    """
+    if not settings.scale_samples:
+        return AS_IT_IS
+    set_seed(settings.seed)
+    scores = []
+    for batch, _, _, texts in sample(policy, tokenizer, rows, settings.scale_samples, settings):
+        scores += reward(batch, texts)
+    scores = torch.tensor(scores, dtype=torch.float64)
+    if len(scores.unique()) <= 2:
+        return AS_IT_IS | {"threshold": (scores.min() + scores.max()).item() / 2}
+    mean, deviation = scores.mean().item(), scores.std().item()
+    words = f"{mean:.3g} ± {deviation:.3g}, as the base model's samples are, becomes 0 ± 1"
+    print(f"Scale     {words}\n", flush=True)
+    return AS_IT_IS | {"mean": mean, "deviation": deviation, "graded": True}
+
+
+def on_scale(scores, scale):
+    """Return scores as they are trained on, graded ones with mean 0 and deviation 1 at the start.
+
+    KL_COEF and VALUE_CLIP_RANGE are in units of the score. Where good scores are rare, they are
+    many deviations away, and would be worth any KL: what is far away counts by its logarithm.
+    """
+    scaled = (scores - scale["mean"]) / scale["deviation"]
+    return scaled.asinh() if scale["graded"] else scaled
+
+
+def make_report(trainer, tokenizer, reward, scale, rows, eval_rows, settings, metrics):
+    """Measure base and trained model alike, on the prompts of the training and on those held out.
+
+    Returns the content of report.json, and the base model's scores on the former.
+    """
     print(f"\nMeasuring before and after, {settings.eval_samples} samples each time", flush=True)
-    base, trained = {}, {}
-    sets = {"train_prompts": settings.prompts}
-    if settings.eval_prompts:
-        sets["eval_prompts"] = settings.eval_prompts
-    for name, prompts in sets.items():
-        for measured, context in ((base, trainer.optional_peft_ctx), (trained, nullcontext)):
-            set_seeds(settings.seed, prompts)  # the same random numbers before and after
-            with context():
-                measured[name] = measure(trainer, tokenizer, prompts, reward, settings)
-            rates = measured[name]["success_rate"], base[name]["success_rate"]
-            measured[name]["kl_minimum"] = kl_minimum(*rates, base[name]["samples"])
+    base, trained, base_scores = {}, {}, {}
+    for part, asked in (("train_prompts", rows), ("eval_prompts", eval_rows)):
+        if not asked:
+            continue
+        measured = trainer, tokenizer, reward, scale, asked, settings
+        set_seed(settings.seed)
+        with trainer.optional_peft_ctx():
+            base[part], base_scores[part] = measure(*measured)
+        set_seed(settings.seed)  # the same random numbers before and after
+        trained[part], scores = measure(*measured)
+        wins = (torch.sign(scores - base_scores[part]) + 1) / 2  # for a prompt; a tie counts half
+        minimum = kl_minimum(trained[part]["score"], base_scores[part])
+        base[part] |= {"win_rate": 0.5, "kl_minimum": 0.0}
+        trained[part] |= {"win_rate": wins.mean().item(), "kl_minimum": minimum}
     before, after = base["train_prompts"], trained["train_prompts"]
-    mean = (before["success_rate"] + after["success_rate"]) / 2
-    standard_error = math.sqrt(2 * mean * (1 - mean) / before["samples"])  # were both the mean
+    rise = after["score"] - before["score"]
+    errors = (
+        before["standard_error"],
+        after["standard_error"],
+        rise / math.sqrt(2 * before["samples"]),
+    )
     libraries = ("torch", "transformers", "trl", "peft", "accelerate")
-    return {
+    device, backbone = trainer.accelerator.device.type, trainer.model.pretrained_model
+    report = {
         "settings": vars(settings),
         "versions": {library: importlib.metadata.version(library) for library in libraries},
         "device": device_name(device),
-        "dtype": dtype,
-        "learned": after["success_rate"] - before["success_rate"] > 3 * standard_error,
+        "dtype": str(backbone.get_input_embeddings().weight.dtype)[len("torch.") :],
+        "scale": scale,
+        "chat": settings.chat_template or not isinstance(rows[0]["prompt"], str),
+        "learned": rise > 3 * math.hypot(*errors),  # beyond chance, were all samples of one model
         "close_to_base": after["kl"] <= settings.max_new_tokens,  # a nat per token
         "base": base,
         "trained": trained,
@@ -524,36 +636,37 @@ def make_report(trainer, tokenizer, reward, settings, metrics, device, dtype):
         "samples_per_second": metrics[-1]["samples"] / metrics[-1]["seconds"],
         "peak_memory_mb": peak_memory_mb(device),
     }
+    return report, base_scores["train_prompts"]
 
 
-def measure(trainer, tokenizer, prompts, reward, settings):
-    """Return the figures of the model as it is, on at least EVAL_SAMPLES fresh responses."""
-    prompts = prompts[:: math.ceil(len(prompts) / settings.eval_samples)]  # of many, some
-    each = math.ceil(settings.eval_samples / len(prompts))
-    asked = [prompt for prompt in prompts for _ in range(each)]
-    texts, scores, kls, ref_logprobs, tokens = [], [], [], [], 0
-    starts = range(0, len(asked), settings.eval_batch_size)
-    for start in tqdm(starts, leave=False, disable=not is_terminal()):
-        batch = asked[start : start + settings.eval_batch_size]
-        queries, responses, batch_texts = rollout(trainer.model, tokenizer, batch)
+def measure(trainer, tokenizer, reward, scale, rows, settings):
+    """Return the figures of the model as it is on EVAL_SAMPLES fresh responses, and their scores."""
+    texts, scores, kls, ref_logprobs, tokens, first_sample = [], [], [], [], 0, {}
+    batches = sample(trainer.model, tokenizer, rows, settings.eval_samples, settings)
+    for batch, queries, responses, said in batches:
         kl, ref_logprob = compare_with_base(trainer, queries, responses)
-        texts += batch_texts
-        scores += score_responses(reward, batch, batch_texts)
+        texts += said
+        scores += reward(batch, said)
         kls += kl.tolist()
         ref_logprobs += ref_logprob.tolist()
         tokens += sum(map(len, responses))
+        for row, text in zip(batch, said):
+            first_sample.setdefault(last_said(row["prompt"]), text)
     if not math.isfinite(sum(kls)):
         remedy = "set DTYPE to float32, or lower TARGET_APPROX_KL"
         raise RunError(f"what was measured is not finite: {remedy}")
-    return {
+    all_scores = torch.tensor(scores, dtype=torch.float64)
+    figures = {
         "samples": len(texts),
-        "success_rate": success_rate(scores),
-        "score": sum(scores) / len(scores),
+        "score": all_scores.mean().item(),
+        "standard_error": all_scores.std(correction=0).item() / math.sqrt(len(texts)),
+        "success_rate": success_rate(scores, scale["threshold"]),
         "kl": sum(kls) / len(kls),
         "distinct": len(set(texts)) / len(texts),
         "perplexity_under_base": math.exp(min(-sum(ref_logprobs) / tokens, 700)),  # no overflow
-        "first_sample": dict(zip(prompts, texts[::each])),
+        "first_sample": first_sample,
     }
+    return figures, all_scores
 
 
 def compare_with_base(trainer, queries, responses):
@@ -568,135 +681,297 @@ def compare_with_base(trainer, queries, responses):
     return (kl * mask).sum(1), (ref_logprobs * mask).sum(1)
 
 
-def success_rate(scores):
-    """Return the share of scores above 0."""
-    return sum(score > 0 for score in scores) / len(scores)
+def kl_minimum(score, base_scores):
+    """Return the least KL in nats of any policy with this mean score, None where all scores are one.
 
-
-def kl_minimum(rate, base_rate, samples=math.inf):
-    """Return the least KL in nats that takes a base model from base_rate of success to rate.
-
-    p ln(p / p0) + (1 - p) ln((1 - p) / (1 - p0)): no less by the data processing inequality, and
-    reached by the base model with the odds of success changed and nothing else. Rates of so many
-    samples can't tell how near to 0 or 1 they are, so they are kept half a sample away.
+    It is the largest tilt * score - ln E[e^(tilt * score)] over all tilts (Donsker and Varadhan
+    1983), E over base_scores, the samples of the base model; for a success rate p that is
+    p ln(p / p0) + (1 - p) ln((1 - p) / (1 - p0)). Samples can't tell how rare their best is, so the
+    mean is kept away from it as if half a sample were an average one.
     """
-    margin = 0.5 / samples
-    p, p0 = (min(max(each, margin), 1 - margin) for each in (rate, base_rate))
-    return sum(q * math.log(q / q0) for q, q0 in ((p, p0), (1 - p, 1 - p0)) if q > 0)
+    if base_scores.min() == base_scores.max():
+        return None
+    mean, deviation, kept = base_scores.mean(), base_scores.std(), 1 - 0.5 / len(base_scores)
+    scores = (base_scores - mean) / deviation
+    wanted = ((score - mean) / deviation).clamp(kept * scores.min(), kept * scores.max())
+    tilts = torch.logspace(-3, 3, 1000, dtype=torch.float64)
+    tilts = torch.cat([-tilts, tilts])
+    means = torch.logsumexp(tilts[:, None] * scores, 1) - math.log(len(scores))
+    return max((tilts * wanted - means).max().item(), 0.0)
 
 
-# ------------------------------------------------------------------------- steps, records, rewards
-def count_steps(settings):
-    """Return how many batches TRAINING_EPOCHS passes over PROMPTS take; the last is filled up."""
-    return math.ceil(settings.training_epochs * len(settings.prompts) / settings.batch_size)
+# ------------------------------------------------------------------------------------- the rewards
+def load_reward(settings, rows, device):
+    """Return the function from rows and texts to scores, tried on two texts, and its scale or None.
 
-
-def set_seeds(*purpose):
-    """Let the random numbers that follow depend on their purpose alone, whatever was drawn before.
-
-    So a run that goes on needs no old random states, and both models of a measurement draw alike.
+    A function of the user is called as TRL's GRPOTrainer calls one: prompts as they stand in the
+    rows, completions as texts, or as conversations where the prompts are, the rows' other fields.
     """
-    seed = zlib.crc32(repr(purpose).encode())
-    torch.manual_seed(seed)
-    numpy.random.seed(seed)  # which shuffles the batch
-
-
-def make_record(step, texts, scores, stats, settings):
-    """Return the line of metrics.jsonl for a step; what is not finite becomes None, JSON's null."""
-    samples, score = step * settings.batch_size, sum(scores) / len(scores)
-    record = {
-        "step": step,
-        "samples": samples,
-        "epoch": samples / len(settings.prompts),
-        "success_rate": success_rate(scores),
-        "score": score,
-        "reward": score - stats["kl_coef"] * stats["kl"],
-        **stats,
-        "distinct": len(set(texts)) / len(texts),
-    }
-    return {name: value if math.isfinite(value) else None for name, value in record.items()}
-
-
-def is_checkpoint_due(metrics, total_steps, save_every):
-    """Return whether to save: every few steps, but not after a bad one, and at the end."""
-    step = len(metrics)
-    due = save_every > 0 and step % save_every == 0 and not metrics[-1]["skipped_updates"]
-    return due or step == total_steps
-
-
-def give_up_on_bad_numbers(metrics):
-    """Raise RunError where each of the last three steps had updates that were skipped."""
-    if len(metrics) >= 3 and all(record["skipped_updates"] for record in metrics[-3:]):
-        remedy = "lower TARGET_APPROX_KL, or start anew with a lower LEARNING_RATE or DTYPE float32"
-        raise RunError(f"three steps in a row had updates that are not finite: {remedy}")
-
-
-def load_reward(name, positive_words, example):
-    """Return the function from a response's text to its score, once it has scored an example."""
+    name, scale, of_texts = settings.reward, None, False
+    own = [each for each in (REWARD, globals().get(name)) if inspect.isfunction(each)]
+    own = [each for each in own if each.__name__ == name]  # of the script, or a notebook
     if name == "positive_word_reward":
-        return lambda text: positive_word_reward(text, positive_words)
-    remedy = "give positive_word_reward or FILE.py:FUNCTION"
-    if not re.fullmatch(r".+\.py:\w+", name):
-        raise SettingsError(f"REWARD is {shorten(name)}: {remedy}")
-    with blame("REWARD", name, remedy):
-        path, _, function_name = name.rpartition(":")
-        function = runpy.run_path(path).get(function_name)
-        if not callable(function):
-            raise ValueError(f"it has no function {function_name}")
+        function = partial(positive_word_reward, positive_words=settings.positive_words)
+        scale, of_texts = AS_IT_IS | {"threshold": 0.0}, True
+    elif own:
+        function = own[0]
+    elif ".py" in name:
+        with blame("REWARD", name, "give FILE.py:FUNCTION"):
+            path, _, function_name = name.rpartition(":")
+            sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # for what it imports
+            function = runpy.run_path(path or name).get(function_name)
+            if not callable(function):
+                raise ValueError(f"it has no function {function_name}")
+    else:
+        function, scale = load_classifier(settings, device)
+        of_texts = True
+
+    def reward(rows, texts):
+        if of_texts:
+            prompts = [row["prompt"] for row in rows]
+            templated = [settings.chat_template or not isinstance(each, str) for each in prompts]
+            rows = [{"prompt": last_said(p) + "\n" * t} for p, t in zip(prompts, templated)]
+        return call_reward(function, rows, texts)
+
     try:
-        for text in (example, ""):  # every response begins with the empty text
-            call_reward(function, text)
-    except RewardError as error:
+        reward([rows[0], rows[-1]], ["", " fine"])  # every response begins with the empty text
+    except RunError as error:
         raise SettingsError(str(error)) from error
-    return function
+    return reward, scale
 
 
-def call_reward(reward, text):
-    """Return the score that the reward function, which is the user's, gives a text, as a float."""
+def call_reward(function, rows, texts):
+    """Return the scores of texts, responses to the prompts of the rows, as floats."""
+    arguments = {name: [row[name] for row in rows] for name in rows[0]}
+    prompts, completions = arguments.pop("prompt"), []
+    for prompt, text in zip(prompts, texts):
+        turn = [{"role": "assistant", "content": text}]
+        completions.append(text if isinstance(prompt, str) else turn)
     try:
-        score = float(reward(text))
-        if not abs(score) < 1e15:  # so that its square is finite in float32 too
-            raise ValueError(f"{score} is too large or not finite")
-        return score
+        given = list(function(**arguments | {"prompts": prompts, "completions": completions}))
+        if len(given) != len(texts) or any(isinstance(each, str) for each in given):
+            raise ValueError(f"it returned {shorten(given)} for {len(texts)} texts")
+        scores = [float(each) for each in given]
+        if not all(abs(each) < 1e15 for each in scores):  # its square is finite in float32 too
+            raise ValueError(f"{shorten(scores)} has what is not finite or too large")
+        return scores
     except (Exception, SystemExit) as error:
-        name = getattr(reward, "__name__", type(reward).__name__)
-        problem = f"{shorten(repr(error), 200)} for {text!r}"
-        remedy = "let it return one finite number for one text"
-        raise RewardError(f"REWARD is {name}: {problem}: {remedy}") from error
+        for row, text in zip(rows, texts):
+            if len(texts) > 1:
+                call_reward(function, [row], [text])  # raises where this text alone is to blame
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if code and frame.filename == code.co_filename]
+        place = f"{code.co_filename}, line {[code.co_firstlineno, *lines][-1]}" if code else "it"
+        problem = f"{shorten(repr(error), 200)} for {texts[0]!r} in {place}"
+        remedy = "let f(prompts, completions, **kwargs) return a finite number for each completion"
+        name = getattr(function, "__name__", type(function).__name__)
+        raise RunError(f"REWARD is {name}: {problem}: {remedy}") from error
+
+
+def load_classifier(settings, device):
+    """Return a sequence classifier as a reward function, and its scale where its config has one."""
+    name, label = settings.reward, settings.reward_label.lower()
+    remedy = "name a sequence classifier, or give positive_word_reward or FILE.py:FUNCTION"
+    with blame("REWARD", name, remedy):
+        path = find_model("REWARD", name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        kind = transformers.AutoModelForSequenceClassification
+        model = load_weights(kind, path, dtype="float32", device_map={"": device}).eval()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    labels = [text.lower() for _, text in sorted(model.config.id2label.items())]
+    if len(labels) > 1 and label not in labels:
+        remedy = f"give a label of {shorten(name)}: {shorten(' or '.join(labels))}"
+        raise SettingsError(f"REWARD_LABEL is {shorten(settings.reward_label)}: {remedy}")
+    others = [index for index in range(len(labels)) if labels[index] != label]
+    mean, deviation = (getattr(model.config, key, None) for key in ("score_mean", "score_std"))
+    context = getattr(model.config, "max_position_embeddings", None) or 10**6
+    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+    options["max_length"] = min(tokenizer.model_max_length, context)
+    tokenizer.padding_side, tokenizer.truncation_side = "right", "left"  # the response is the end
+
+    @torch.no_grad()
+    def classifier(prompts, completions):
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
+        scores = []
+        for start in range(0, len(texts), settings.eval_batch_size):
+            some = texts[start : start + settings.eval_batch_size]
+            inputs = tokenizer(some, **options).to(device)
+            mask = inputs["attention_mask"]
+            logits = model(input_ids=inputs["input_ids"], attention_mask=mask).logits
+            score = logits[:, 0]
+            if len(labels) > 1:  # log-odds
+                score = logits[:, labels.index(label)] - logits[:, others].logsumexp(1)
+            scores += (score if mean is None else (score - mean) / deviation).tolist()
+        return scores
+
+    return classifier, None if mean is None else AS_IT_IS
+
+
+# ------------------------------------------------------------------------------------- the prompts
+FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def read_prompts(prompts, eval_prompts, prompt_field, seed):
+    """Return the rows to train on, the rows held out, and how many more were given.
+
+    A row is a dictionary with a prompt, a text or a list of messages, and what else its file has.
+    Left out are those without a text, and those that were there already.
+    """
+    ends = eval_prompts[:1] + eval_prompts[5:]  # of those above, which suit no file
+    holds_out = ends == ["Right now I am", "I woke up feeling"] and any(map(is_file, prompts))
+    rows = read_rows("PROMPTS", prompts, prompt_field)
+    given = rows + ([] if holds_out else read_rows("EVAL_PROMPTS", eval_prompts, prompt_field))
+    fields, unique = {name: None for row in given for name in row}, {}
+    for row in given:
+        unique.setdefault(str(row["prompt"]), fields | row)
+    unique.pop("", None)
+    count = len({str(row["prompt"]) for row in rows} - {""})
+    rows, eval_rows = list(unique.values())[:count], list(unique.values())[count:]
+    if holds_out and count > 1:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+        rows = [rows[index] for index in order]
+        eval_rows, rows = rows[: math.ceil(count / 10)], rows[math.ceil(count / 10) :]
+    return rows, eval_rows, len(given) - len(unique)
+
+
+def is_file(entry):
+    """Return whether an entry of PROMPTS means a file: it is one, or has a name like one."""
+    known = Path(entry).suffix.lower() in FORMATS
+    return known or os.path.isfile(entry) or bool(re.fullmatch(r"\S+(\.\w{1,8}|/)", entry))
+
+
+def read_rows(name, entries, prompt_field):
+    """Return the rows that the entries of a setting stand for: those of a file, one for a text."""
+    rows = []
+    for entry in entries:
+        if not is_file(entry):
+            rows.append({"prompt": entry})
+            continue
+        number, before = 0, len(rows)
+        try:
+            for row in read_table(entry):
+                number += 1
+                field = "prompt" if isinstance(row, str) else prompt_field
+                row = {"prompt": row} if isinstance(row, str) else row
+                rows.append(row | {"prompt": prompt_of(row, field)})
+            if not any(row["prompt"] for row in rows[before:]):
+                number = 0
+                raise ValueError("it has no prompts")
+        except Exception as error:
+            where = f"{shorten(entry)}, row {number}," if number else shorten(entry)
+            reason = shorten(getattr(error, "strerror", None) or error.__cause__ or error, 200)
+            remedy = f"give a {', '.join(FORMATS)} file with a prompt a row, in UTF-8"
+            raise SettingsError(f"{name}: {where} can't be read ({reason}): {remedy}") from error
+    return rows
+
+
+def read_table(path):
+    """Return the rows of a file, dictionaries or texts."""
+    form = FORMATS.get(Path(path).suffix.lower())
+    if form in ("csv", "parquet"):
+        options = {"encoding": "utf-8-sig", "keep_default_na": False} if form == "csv" else {}
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # for which it would use the network
+        with tempfile.TemporaryDirectory() as cache:
+            options |= {"split": "train", "cache_dir": cache, "keep_in_memory": True}
+            table = datasets.load_dataset(form, data_files=glob.escape(path), **options)
+        if "__index_level_0__" in table.column_names:  # what pandas makes of unquoted commas
+            raise ValueError("its rows have more fields than its first line")
+        return table.to_list()
+    if not form:
+        raise ValueError("it is a file of another kind")
+    text = Path(path).read_text(encoding="utf-8-sig").strip()
+    rows = [line.strip() for line in text.split("\n") if line.strip()]
+    if form == "json":  # datasets names no line, and takes texts like dates for dates
+        rows = json.loads(text if text.startswith("[") else "[" + ",\n".join(rows) + "]")
+    return rows
+
+
+def prompt_of(row, prompt_field):
+    """Return the prompt of a row of a file: a text, which may be empty, or a list of messages."""
+    names = ["prompt", "messages", "text", "instruction", "question"]
+    names = [name for name in names if name in row] if prompt_field == "auto" else [prompt_field]
+    if not names or names[0] not in row:
+        raise ValueError(f"PROMPT_FIELD is {prompt_field}, and its fields are {', '.join(row)}")
+    prompt = row[names[0]]
+    if isinstance(prompt, str) and not prompt.strip():
+        return ""
+    if names[0] == "instruction" and row.get("input"):
+        prompt = f"{prompt}\n{row['input']}"
+    with suppress(Exception):
+        while isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]  # which is for the policy to say
+        convert(last_said(prompt), "text", ())
+        return prompt
+    raise ValueError(f"its {names[0]} is {shorten(row[names[0]])}, no text")
+
+
+def last_said(prompt):
+    """Return a prompt, or the last message of one that is a conversation."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def rows_of_step(step, rows, batch_size, seed):
+    """Return the next batch_size rows; every epoch has each once, in an order of its own."""
+    batch = []
+    for index in range((step - 1) * batch_size, step * batch_size):
+        epoch, place = divmod(index, len(rows))
+        generator = torch.Generator().manual_seed(seed * 10**6 + epoch)
+        order = torch.randperm(len(rows), generator=generator)
+        batch.append(rows[order[place]])
+    return batch
+
+
+def encode(tokenizer, rows, chat_template):
+    """Return the queries, a 1-D tensor of token ids for the prompt of each row."""
+    queries = []
+    for row in rows:
+        prompt = row["prompt"]
+        if isinstance(prompt, str) and chat_template:
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str):
+            inputs = tokenizer(prompt)
+        else:  # the template has a start token of its own, where the model wants one
+            inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+        queries.append(torch.tensor(inputs["input_ids"]))
+    return queries
 
 
 # ------------------------------------------------------------------------------------ the settings
 class SettingsError(Exception):
-    """Settings or input that can't work; each problem names a setting, its value and the remedy."""
-
-    def __init__(self, *problems):
-        self.problems = problems
-        lines = ["Nothing was started or changed:", *(f"- {problem}" for problem in problems)]
-        super().__init__("\n".join(lines))
+    """Settings or input that can't work; its arguments each name a setting, its value, a remedy."""
 
 
 RULES = [  # what a constant takes, within what, whether --resume may change it, and its name
-    ("text", (), False, "MODEL_NAME REWARD"),
+    ("text", (), False, "MODEL_NAME REWARD REWARD_LABEL PROMPT_FIELD"),
     ("text", (), True, "OUTPUT_DIR"),
     ("text", ("none", "8bit", "4bit"), False, "QUANTIZATION"),
     ("text", ("auto", "cpu", "cuda"), True, "DEVICE"),
     ("text", ("auto", "float32", "bfloat16", "float16"), False, "DTYPE"),
     ("text", ("none", "tensorboard"), True, "REPORT_TO"),
-    ("texts", 1, False, "LORA_TARGETS POSITIVE_WORDS"),
-    ("prompts", 1, False, "PROMPTS"),
-    ("prompts", 0, True, "EVAL_PROMPTS"),
-    ("switch", None, False, "SCORE_PREFIXES"),
+    ("list of texts", 1, False, "LORA_TARGETS POSITIVE_WORDS PROMPTS"),
+    ("list of texts", 0, False, "EVAL_PROMPTS"),
+    ("switch", None, False, "SCORE_PREFIXES CHAT_TEMPLATE"),
     ("switch", None, True, "RESUME"),
-    ("whole", (1, 10**6), False, "LORA_RANK LORA_ALPHA BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS"),
-    ("whole", (1, 10**6), True, "TRAINING_EPOCHS EVAL_SAMPLES EVAL_BATCH_SIZE LOG_EVERY"),
-    ("whole", (0, 10**6), True, "MINI_BATCH_SIZE SAVE_EVERY"),
-    ("whole", (0, 2**32 - 1), False, "SEED"),
+    (
+        "whole number",
+        (1, 10**6),
+        False,
+        "LORA_RANK LORA_ALPHA BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS",
+    ),
+    ("whole number", (1, 10**6), True, "EVAL_SAMPLES EVAL_BATCH_SIZE LOG_EVERY"),
+    ("whole number", (0, 10**6), True, "MINI_BATCH_SIZE SAVE_EVERY"),
+    ("whole number", (0, 10**6), False, "SCALE_SAMPLES"),
+    ("whole number", (0, 2**32 - 1), False, "SEED"),
+    ("number", (1e-6, 10**6), True, "TRAINING_EPOCHS"),
     ("number", (1e-30, 1e30), False, "LEARNING_RATE"),  # float32 holds these, and their products
     ("number", (0, 1e30), False, "KL_COEF VF_COEF"),
     ("number", (0, 1e30), True, "TARGET_APPROX_KL MAX_GRAD_NORM"),
     ("number", (0.01, 100), False, "TEMPERATURE"),
     ("number", (1e-6, 1000), False, "CLIP_RANGE VALUE_CLIP_RANGE"),
     ("number", (0, 1), False, "GAMMA LAM"),
+    ("number, or auto,", (-(10**15), 10**15), True, "SUCCESS_THRESHOLD"),
 ]
 
 
@@ -707,33 +982,34 @@ def convert(value, kind, allowed):
     """
     if kind == "switch":
         return {"true": True, "false": False}[str(value).lower()]
-    if kind in ("texts", "prompts"):
-        several = value if isinstance(value, list | tuple) else [value]
-        texts = [convert(entry, "text", ()) for entry in several]
+    if kind == "list of texts":
+        texts = value if isinstance(value, list | tuple) else [value]
         if len(texts) < allowed:
             raise ValueError
-        return texts if kind == "texts" else [p for text in texts for p in read_prompts(text)]
+        return [convert(text, "text", ()) for text in texts]
     if kind == "text":
         text = value.__name__ if inspect.isfunction(value) else os.fspath(value)
         text.encode()  # an error for half a character, as "\ud800"
         if not text.strip() or "\0" in text or (allowed and text not in allowed):
             raise ValueError
         return text
+    if "auto" in kind and value == "auto":
+        return value
     number = float(value)
     if isinstance(value, bool) or not allowed[0] <= number <= allowed[1]:
         raise ValueError
-    if kind == "whole" and number != int(number):
+    if kind == "whole number" and number != int(number):
         raise ValueError
-    return int(number) if kind == "whole" else number
+    return int(number) if kind == "whole number" else number
 
 
 def describe(kind, allowed):
     """Return what convert takes, in words."""
-    if kind in ("number", "whole"):
-        return f"a {'whole ' * (kind == 'whole')}number from {allowed[0]} to {allowed[1]}"
+    if "number" in kind:
+        return f"a {kind} from {allowed[0]} to {allowed[1]}"
     if kind == "text" and allowed:
         return f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-    return {"switch": "True or False", "text": "a text"}.get(kind, "a list of texts, none empty")
+    return {"switch": "True or False", "text": "a text"}.get(kind, f"a {kind}, none empty")
 
 
 def read_settings(argv, constants, rules, checks):
@@ -750,14 +1026,15 @@ def read_settings(argv, constants, rules, checks):
             value = given.get(name, constants.get(name))
             try:
                 settings[name.lower()] = convert(value, kind, allowed)
-            except SettingsError as error:  # of a file
-                problems += [f"{name}: {problem}" for problem in error.problems]
             except Exception:  # whatever an object may raise when it is converted
                 problems.append(f"{name} is {shorten(value)}: give {describe(kind, allowed)}")
     for check in checks:
         names = inspect.signature(check).parameters
-        if settings.keys() >= names.keys():
-            problems += check(*(settings[name] for name in names))
+        try:
+            if settings.keys() >= names.keys():
+                check(*(settings[name] for name in names))
+        except SettingsError as error:
+            problems += error.args
     if problems:
         raise SettingsError(*problems)
     return SimpleNamespace(**settings)
@@ -768,30 +1045,25 @@ def read_flags(argv, constants, rules):
     if "--help" in argv or "-h" in argv:
         print(explain_flags(constants))
         sys.exit(0)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     kinds = {name: kind for kind, _, _, names in rules for name in names.split()}
-    given, problems = {}, []
-    values = strays = []
-    for argument in argv:
-        if not argument.startswith("--"):
-            values.append(argument)
-            continue
-        flag, equals, value = argument.partition("=")
-        name = flag[2:].replace("-", "_").upper()
-        values = [value] if equals else []
-        if name in kinds:
-            given[name] = values
-        elif kinds.get(name.removeprefix("NO_")) == "switch" and not equals:
-            values.append("false")
-            given[name.removeprefix("NO_")] = values
-        else:
-            problems.append(near_miss(flag, [flag_of(name) for name in kinds]))
+    flags = [flag_of(name) for name in kinds]
+    for name, flag in zip(kinds, flags):
+        parser.add_argument(flag, dest=name, nargs="*", default=argparse.SUPPRESS)
+    switches = "|".join(flag_of(name)[2:] for name in kinds if kinds[name] == "switch")
+    argv = [re.sub(rf"^--no-({switches})$", r"--\1=false", argument) for argument in argv]
+    known, unknown = parser.parse_known_args(argv)
+    given, problems = vars(known), []
     for name, values in given.items():
         if kinds[name] == "switch" and not values:
             given[name] = True
-        elif kinds[name] not in ("texts", "prompts") and len(values) == 1:
+        elif kinds[name] != "list of texts" and len(values) == 1:
             given[name] = values[0]
-    strays = [f"{shorten(text)} follows no flag: --help lists all" for text in strays]
-    return given, strays + problems
+    for text in unknown:
+        meant = difflib.get_close_matches(text.partition("=")[0], flags, n=2)
+        hint = f"did you mean {' or '.join(meant)}?" if meant else "--help lists all"
+        problems.append(f"{shorten(text)} is no flag, and follows none: {hint}")
+    return given, problems
 
 
 def explain_flags(constants):
@@ -811,74 +1083,35 @@ def flag_of(name):
     return "--" + name.lower().replace("_", "-")
 
 
-def near_miss(given, flags):
-    """Return the problem with an unknown flag, and those that may have been meant."""
-    given = given.replace("_", "-")
-    words = set(given[2:].split("-"))  # --epochs is in --ppo-epochs, --lr short for --learning-rate
-    meant = [flag for flag in flags if words < set(flag[2:].split("-"))]
-    meant += [flag for flag in flags if given == "--" + "".join(re.findall(r"-(\w)", flag))]
-    meant = meant or difflib.get_close_matches(given, flags, n=1)
-    hint = f"did you mean {' or '.join(meant)}?" if meant else "--help lists all"
-    return f"{shorten(given)}: there is no such flag; {hint}"
-
-
-def read_prompts(entry):
-    """Return the prompts of a .txt file, a line each, or a .jsonl, {"prompt": …}, or the text."""
-    if not entry.endswith((".txt", ".jsonl")):
-        if os.path.isfile(entry):
-            problem = f"{shorten(entry)} is a file of another kind"
-            raise SettingsError(f"{problem}: give a .txt or .jsonl")
-        return [entry]
-    prompts, number = [], 0
-    try:
-        text = Path(entry).read_text(encoding="utf-8-sig")  # a BOM is part of no prompt
-        for number, line in enumerate(text.strip().split("\n"), start=1):
-            if line.strip() or number == 1:  # a first line that is empty is a file that is empty
-                prompt = json.loads(line)["prompt"] if entry.endswith(".jsonl") else line.strip()
-                prompts.append(convert(prompt, "text", ()))
-        return prompts
-    except Exception as error:
-        where = f"{shorten(entry)}, line {number}," if number else shorten(entry)
-        remedy = 'give one prompt a line in UTF-8, in a .jsonl as {"prompt": "I feel so"}'
-        raise SettingsError(f"{where} can't be read ({shorten(error)}): {remedy}") from error
-
-
-def check_prompts(prompts, eval_prompts):
-    """Yield a problem for prompts that are given twice."""
-    for name, given in (("PROMPTS", prompts), ("EVAL_PROMPTS", eval_prompts)):
-        twice = [prompt for prompt, count in Counter(given).items() if count > 1]
-        if twice:
-            yield f"{name} has {shorten(twice)} twice: give each prompt once"
-    shared = sorted(set(prompts) & set(eval_prompts))
-    if shared:
-        yield f"EVAL_PROMPTS has {shorten(shared)}, as PROMPTS has: give prompts that it has not"
-
-
 def check_batches(batch_size, mini_batch_size, ppo_epochs, target_approx_kl):
-    """Yield a problem for batches that can't be divided, or a step that can't be measured."""
+    """Refuse batches that can't be divided, and a step that can't be measured."""
     if mini_batch_size and batch_size % mini_batch_size:
         remedy = f"give 0 or a divisor of BATCH_SIZE, {batch_size}"
-        yield f"MINI_BATCH_SIZE is {mini_batch_size}: {remedy}"
-    elif target_approx_kl and ppo_epochs == 1 and mini_batch_size in (0, batch_size):
+        raise SettingsError(f"MINI_BATCH_SIZE is {mini_batch_size}: {remedy}")
+    if target_approx_kl and ppo_epochs == 1 and mini_batch_size in (0, batch_size):
         remedy = "give 0, for a single update of a step can't be measured"
-        yield f"TARGET_APPROX_KL is {target_approx_kl}: {remedy}"
+        raise SettingsError(f"TARGET_APPROX_KL is {target_approx_kl}: {remedy}")
 
 
 def check_installed(device, dtype, report_to):
-    """Yield a problem for a device or a tracker that is not there."""
+    """Refuse a device, a dtype or a tracker that is not there."""
     if device == "cuda" and not torch.cuda.is_available():
-        yield "DEVICE is cuda: give cpu, since PyTorch sees no GPU"
-    elif dtype == "float16" and pick_device(device, dtype)[0] == "cpu":
-        yield "DTYPE is float16: give float32 or bfloat16 on a CPU"
+        raise SettingsError("DEVICE is cuda: give cpu, since PyTorch sees no GPU")
+    if dtype == "float16" and pick_device(device, dtype)[0] == "cpu":
+        raise SettingsError("DTYPE is float16: give float32 or bfloat16 on a CPU")
     if report_to != "none" and not importlib.util.find_spec(report_to):
-        yield f"REPORT_TO is {report_to}: give none, or pip install {report_to}"
+        raise SettingsError(f"REPORT_TO is {report_to}: give none, or pip install {report_to}")
 
 
-def check_places(model_name, output_dir):
-    """Yield a problem for a model that is not here, or an output that would harm something."""
+def check_model(model_name):
+    """Refuse a path that leads to no folder."""
     if os.path.isfile(model_name) or (model_name[0] in "/.~" and not os.path.isdir(model_name)):
-        remedy = "name one, or a model on the Hub"
-        yield f"MODEL_NAME is {shorten(model_name)}: there is no such folder: {remedy}"
+        problem = f"MODEL_NAME is {shorten(model_name)}: there is no such folder"
+        raise SettingsError(f"{problem}: name one, or a model on the Hub")
+
+
+def check_output(model_name, output_dir):
+    """Refuse an output folder that can't be written, or where that would harm something."""
     output, problem = Path(output_dir).absolute(), ""
     try:
         place = output.resolve()
@@ -890,17 +1123,15 @@ def check_places(model_name, output_dir):
             problem = f"{existing} can't be written"
         elif names and names.isdisjoint({"metrics.jsonl", "report.json", "checkpoint"}):
             problem = "it holds files that are not a run's"
-        elif Path.cwd().is_relative_to(place):
-            problem = "it is or holds the current folder"
-        elif os.path.isdir(model_name) and Path(model_name).resolve().is_relative_to(place):
-            problem = "MODEL_NAME is read from there"
+        elif any(Path(path).resolve().is_relative_to(place) for path in (".", model_name)):
+            problem = "the current folder or the model is in it"
     except (OSError, RuntimeError) as error:  # the latter where links lead in a circle
         problem = f"it can't be written ({getattr(error, 'strerror', error)})"
     if problem:
-        yield f"OUTPUT_DIR is {shorten(output_dir)}: {problem}: name another folder"
+        raise SettingsError(f"OUTPUT_DIR is {shorten(output_dir)}: {problem}: name another folder")
 
 
-CHECKS = (check_prompts, check_batches, check_installed, check_places)
+CHECKS = (read_prompts, check_batches, check_installed, check_model, check_output)
 
 
 # -------------------------------------------------------------------------------------- the models
@@ -917,27 +1148,23 @@ def blame(name, value, remedy):
         raise SettingsError(problem) from error
 
 
-def find_model(name):
+def find_model(setting, name):
     """Return a local folder with the model, fetched from the Hub where the cache lacks it."""
     if os.path.isdir(name):
         return name
     files = {"allow_patterns": ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]}
     files["ignore_patterns"] = ["*/*"]  # folders hold the same weights in other formats
-    problem = f"MODEL_NAME is {shorten(name)}: there is no such folder"
     try:
         HfApi().model_info(name, timeout=5)
-    except (HFValidationError, RepositoryNotFoundError, GatedRepoError) as error:
-        remedy = "check the name, or run: hf auth login"
-        raise SettingsError(f"{problem}, and no model that you may read: {remedy}") from error
-    except Exception as error:  # no answer; the copy in the cache has to do
+        print(f"Fetching what the cache lacks of {name} from the Hub", flush=True)
+        return snapshot_download(name, **files)
+    except Exception as error:  # no answer: a copy in the cache has to do
         with suppress(Exception):
             return snapshot_download(name, local_files_only=True, **files)
-        problem += f", the cache lacks it, and the Hub can't be reached ({shorten(error)})"
-        hint = "To see the script at work offline, give the small model beside it: demo_model"
-        raise SettingsError(f"{problem}: check the name and the connection. {hint}") from error
-    print(f"Fetching what the cache lacks of {name} from the Hub", flush=True)
-    with blame("MODEL_NAME", name, "try again, what is fetched already stays"):
-        return snapshot_download(name, **files)
+        problem = f"{setting} is {shorten(name)}: there is no such folder, the cache lacks it, and "
+        problem += f"the Hub does not give it ({shorten(error)})"
+        remedy = "check name and connection, or run: hf auth login; offline there is demo_model"
+        raise SettingsError(f"{problem}: {remedy}") from error
 
 
 def load_tokenizer(path):
@@ -951,36 +1178,62 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def check_length(path, tokenizer, settings):
-    """Refuse prompts that leave no room for a response in the model's context."""
+def end_tokens(own, tokenizer):
+    """Return the ids of the tokens that end a response: the model's own and the chat template's."""
+    ids = own if isinstance(own, list) else [tokenizer.eos_token_id if own is None else own]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    with suppress(Exception):  # there is no template, or one for other conversations
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("Hello")[2]
+        tokens = tokenizer(after, add_special_tokens=False)["input_ids"]
+        ends = [token for token in tokens if token in tokenizer.added_tokens_decoder]
+        return list(dict.fromkeys(ids + ends[:1]))
+    return ids
+
+
+def prompts_that_fit(path, tokenizer, rows, settings):
+    """Return the rows whose prompts leave room for a response in the model's context."""
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     context = getattr(config, "max_position_embeddings", None) or math.inf
-    for prompt in settings.prompts + settings.eval_prompts:
-        length = len(tokenizer(prompt)["input_ids"])
-        if length + settings.max_new_tokens > context:
-            room = f"with {shorten(prompt)!r}, {length} tokens, the model's context of {context}"
-            problem = f"MAX_NEW_TOKENS is {settings.max_new_tokens}, too many {room}"
-            raise SettingsError(f"{problem}: give less, or a shorter prompt")
+    remedy = "name a model with a chat template that takes these prompts, or give texts and False"
+    with blame("CHAT_TEMPLATE", settings.chat_template, remedy):
+        queries = encode(tokenizer, rows, settings.chat_template)
+    room = context - settings.max_new_tokens
+    fitting = [row for row, query in zip(rows, queries) if len(query) <= room]
+    if rows and not fitting:
+        problem = f"MAX_NEW_TOKENS is {settings.max_new_tokens}, too many for every prompt, such as"
+        prompt = f"{shorten(last_said(rows[0]['prompt']))!r}, {len(queries[0])} tokens"
+        remedy = f"give less, or shorter prompts; the model's context is {context}"
+        raise SettingsError(f"{problem} {prompt}: {remedy}")
+    return fitting
 
 
 def load_base_model(path, device, dtype, quantization):
-    """Load a language model from safetensors, and make sure that it is whole and finite."""
-    options = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
+    """Load a language model, its weights in 16 or 32 bits, or in 8 or 4 with quantization."""
+    options = {"dtype": dtype, "device_map": {"": device}}
     if quantization != "none":
         bits = {f"load_in_{quantization}": True, "bnb_4bit_quant_type": "nf4"}
         bits["bnb_4bit_compute_dtype"] = dtype
         options["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        path, use_safetensors=True, trust_remote_code=False, **options
-    )
+    model = load_weights(transformers.AutoModelForCausalLM, path, **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes would repack for good
+    return model
+
+
+def load_weights(kind, path, **options):
+    """Load a model of a kind from safetensors, and make sure that it is whole and finite."""
+    options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    model, loading = kind.from_pretrained(path, **options)
+    architecture = (model.config.architectures or ["model of no architecture"])[0]
+    wanted = kind is transformers.AutoModelForSequenceClassification
+    if wanted != ("SequenceClassification" in architecture):  # tied weights would hide it
+        raise ValueError(f"it is a {architecture}")
     if loading["missing_keys"]:  # transformers would go on with random numbers
         raise ValueError(f"it lacks weights such as {min(loading['missing_keys'])}")
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise ValueError(f"it has weights that are not finite, such as {name}")
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # bitsandbytes would repack for good
     return model
 
 
@@ -988,12 +1241,10 @@ def pick_device(device, dtype):
     """Return the device, cuda or cpu, and the name of the dtype of the frozen weights."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto" and device == "cpu":
-        dtype = "float32"
-    elif dtype == "auto":
+    if dtype == "auto" and device == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if has_bfloat16 else "float16"
-    return device, dtype
+    return device, "float32" if dtype == "auto" else dtype
 
 
 # ----------------------------------------------------------------------------- output, checkpoints
@@ -1004,45 +1255,37 @@ def claim_output(folder, resume):
     What is raised inside gets a note of what the last checkpoint has.
     """
     output = Path(folder)
+    lock = FileLock(output / "checkpoint" / "lock", blocking=False)  # free when the process ends
     try:
-        lock = lock_folder(output)
+        lock.acquire()
         earlier = [path for path in output.rglob("*") if path.is_file() and path.name != "lock"]
         if earlier and not resume:
-            lock.lock.release()
+            lock.release()
             number = 1
             while Path(f"{output}-{number}").exists():
                 number += 1
             output.rename(f"{output}-{number}")
             print(f"The earlier run in {output}/ was moved to {output}-{number}/")
-            lock = lock_folder(output)
+            lock.acquire()
     except (OSError, Timeout) as error:
         reason = getattr(error, "strerror", None) or "another run is writing there"
         raise SettingsError(f"OUTPUT_DIR is {output}: {reason}: name another folder") from error
-    with lock:
-        try:
-            yield
-        except BaseException as error:
-            if checkpoint_path(folder).exists():
-                step = len(read_checkpoint(folder)["metrics"])
-                saved = f"what was learned up to step {step} is saved"
-                error.add_note(f"{saved}. To go on, run the same line with --resume")
-            raise
-
-
-def lock_folder(folder):
-    """Return the lock of an output folder; the operating system frees it when the process ends."""
-    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / "checkpoint" / "lock").acquire(blocking=False)
-
-
-def checkpoint_path(folder):
-    """Return where the last checkpoint is, if there is one."""
-    return Path(folder, "checkpoint", "state.pt")
+    try:
+        yield
+    except BaseException as error:
+        state = read_checkpoint(folder)
+        if state:
+            saved = f"what was learned up to step {len(state['metrics'])} is saved"
+            error.add_note(f"{saved}. To go on, run the same line with --resume")
+        raise
+    finally:
+        lock.release()
 
 
 def read_checkpoint(folder):
-    """Return the dictionary that save_checkpoint wrote last."""
-    return torch.load(checkpoint_path(folder), map_location="cpu", weights_only=True)
+    """Return the dictionary that save_checkpoint wrote last, None where there is none."""
+    path = Path(folder, "checkpoint", "state.pt")
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
 def trained_weights(model):
@@ -1051,7 +1294,7 @@ def trained_weights(model):
     return {name: weight.detach() for name, weight in named if weight.requires_grad}
 
 
-def save_checkpoint(model, optimizer, scaler, settings, metrics):
+def save_checkpoint(model, optimizer, scaler, settings, metrics, **more):
     """Save all that a run needs to go on, beside the last checkpoint, then replace that.
 
     Weights that are not finite never replace good ones. Random states are not needed: each step
@@ -1060,7 +1303,7 @@ def save_checkpoint(model, optimizer, scaler, settings, metrics):
     weights = trained_weights(model)
     if not metrics or not all(weight.isfinite().all() for weight in weights.values()):
         return
-    state = {
+    state = more | {
         "settings": vars(settings),
         "model": os.path.realpath(settings.model_name),  # a folder may have several names
         "metrics": metrics,
@@ -1068,7 +1311,7 @@ def save_checkpoint(model, optimizer, scaler, settings, metrics):
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict() if scaler else None,
     }
-    path = checkpoint_path(settings.output_dir)
+    path = Path(settings.output_dir, "checkpoint", "state.pt")
     new, content = path.with_name("state.new"), io.BytesIO()
     torch.save(state, content)  # not into the file: what it raises for a full disk says nothing
     try:
@@ -1081,48 +1324,51 @@ def save_checkpoint(model, optimizer, scaler, settings, metrics):
         new.unlink(missing_ok=True)  # what a full disk left of it
 
 
-def load_checkpoint(model, optimizer, scaler, settings, rules, steps):
-    """Put all back to the last checkpoint, tell what has changed since, and return its metrics."""
-    state, changed = check_resume(settings, rules, steps)
+def hash_files(paths):
+    """Return {path: SHA-256} of those paths that are files."""
+    files = [path for path in paths if os.path.isfile(path)]
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
+
+
+def load_checkpoint(model, optimizer, scaler, settings, rules, steps, files):
+    """Put all back to the last checkpoint, and return it; tell where code has changed since."""
+    state = check_resume(settings, rules, steps, files)
     with blame("RESUME", True, "start without it"):  # it may be of another model in the same folder
         for name, weight in trained_weights(model).items():
             weight.copy_(state["weights"][name])
         optimizer.load_state_dict(state["optimizer"])
         if scaler and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-    for name, (value, before) in changed.items():
-        print(f"{name} is {shorten(value)} from now on, {shorten(before)} until now")
-    return state["metrics"]
+    for path, content in files.items():
+        if content != state["files"].get(path, content):  # code, which may have been mended
+            print(f"{path} has changed since the checkpoint; from now on it counts as it is")
+    return state
 
 
-def check_resume(settings, rules, steps):
-    """Return the last checkpoint, and {constant: (value, value in it)} where they differ.
-
-    Raises SettingsError where what differs would make the rest of the run another one.
-    """
-    if not checkpoint_path(settings.output_dir).exists():
-        problem = f"there is no checkpoint in {shorten(settings.output_dir)}"
-        raise SettingsError(f"RESUME is True: {problem}: start without it")
+def check_resume(settings, rules, steps, files):
+    """Return the last checkpoint; refuse what would make the rest of the run another one."""
     with blame("RESUME", True, "start without it"):
-        state, now = read_checkpoint(settings.output_dir), vars(settings)
-        before = state["settings"] | {"resume": True, "output_dir": settings.output_dir}
+        state = read_checkpoint(settings.output_dir)
+        if state is None:
+            raise ValueError(f"there is no checkpoint in {settings.output_dir}")
+        before, done, earlier = state["settings"], len(state["metrics"]), state["files"]
         if state["model"] == os.path.realpath(settings.model_name):
             before["model_name"] = settings.model_name
-        differ = [name for name in now if now[name] != before.get(name)]
-        changed = {name.upper(): (now[name], before.get(name)) for name in differ}
-        done = len(state["metrics"])
-    free = [name for _, _, is_free, names in rules for name in names.split() if is_free]
     problems = []
-    for name, (value, old) in changed.items():
-        if name not in free:
+    for name in [name for _, _, free, names in rules for name in names.split() if not free]:
+        value, old = getattr(settings, name.lower()), before.get(name.lower())
+        if value != old:
             problem = f"{name} is {shorten(value)}, but {shorten(old)} in the checkpoint"
             problems.append(f"{problem}: give that or start anew")
+    for path, content in files.items():
+        if content != earlier.get(path, content) and not path.endswith(".py"):
+            problems.append(f"{path} has changed since the checkpoint: put it back or start anew")
     if not problems and done > steps:
-        problem = f"TRAINING_EPOCHS is {settings.training_epochs}, which takes {steps} steps"
+        problem = f"TRAINING_EPOCHS is {settings.training_epochs:g}, which takes {steps} steps"
         problems.append(f"{problem}, but the checkpoint has {done}: give more")
     if problems:
         raise SettingsError(*problems)
-    return state, changed
+    return state
 
 
 # ------------------------------------------------------------------------------ stops and failures
@@ -1132,10 +1378,6 @@ class Stopped(KeyboardInterrupt):
 
 class RunError(Exception):
     """A failure in the middle of a run that the user can mend."""
-
-
-class RewardError(RunError):
-    """A reward function that raised, or that gave no number."""
 
 
 @contextmanager
@@ -1174,20 +1416,16 @@ def explain(error, settings):
     # The last one is of libraries that are written in Rust.
     if isinstance(error, OSError | SafetensorError) or "os error" in str(error):
         reason = shorten(getattr(error, "strerror", None) or error, 200)
-        remedy = (
-            f"make room in OUTPUT_DIR, {settings.output_dir}, or where the screen's output goes"
-        )
-        if isinstance(error, BrokenPipeError):
-            remedy = "let what is printed be read to its end"
-        return f"something can't be written ({reason}): {remedy}"
+        place = f"OUTPUT_DIR, {settings.output_dir}, and let what is printed be read to its end"
+        return f"something can't be written ({reason}): make room in {place}"
     return None
 
 
 def lacks_memory(error):
     """Return whether an error comes from too little memory."""
-    texts = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    texts = "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
     of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return of_memory or any(text in str(error) for text in texts)
+    return of_memory or bool(re.search(texts, str(error)))
 
 
 # ---------------------------------------------------------------------------- screen and report
@@ -1199,70 +1437,78 @@ def shorten(value, length=80):
     return first[: length - 1].rstrip(" .:") + "…"
 
 
-def tell(text):
-    """Print an error; no word is broken at the edge of the terminal."""
-    wrapper = textwrap.TextWrapper(shutil.get_terminal_size().columns, break_long_words=False)
-    wrapper.break_on_hyphens = False  # flags have them
-    print("\n".join(wrapper.fill(line) for line in text.splitlines()), file=sys.stderr)
-
-
-def is_terminal():
-    """Return whether somebody watches: a bar in a file would be noise."""
-    return all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))  # None if closed
-
-
-def announce(policy, settings, device, dtype, metrics):
+def announce(policy, settings, device, dtype, rows, eval_rows, given, metrics):
     """Print what is going to happen."""
     total = sum(parameter.numel() for parameter in policy.parameters())
     trained = sum(weight.numel() for weight in trained_weights(policy).values())
-    reward = "+1 for a response with a word of POSITIVE_WORDS, else -1"
-    steps, asked = count_steps(settings), settings.training_epochs * len(settings.prompts)
-    samples = steps * settings.batch_size
-    filled = f" ({asked} asked for, the last step filled up)" if samples > asked else ""
+    steps, epoch = count_steps(settings, rows), math.ceil(len(rows) / settings.batch_size)
+    samples, asked = steps * settings.batch_size, settings.training_epochs * len(rows)
+    filled = f" ({asked:g} asked for, the last step filled up)" if samples > asked else ""
+    whole = f", all prompts once would take {epoch}" if settings.training_epochs < 1 else ""
+    left_out = given - len(rows) - len(eval_rows)
+    left = f", {left_out} left out: empty, given twice or too long" if left_out else ""
+    words = " (+1 with a word of POSITIVE_WORDS, else -1)" * (
+        settings.reward == "positive_word_reward"
+    )
     going_on = f", going on after step {len(metrics)}" if metrics else ""
     print(f"Model     {settings.model_name}, {total:,} parameters, {trained:,} of them trained")
     print(f"Device    {device_name(device)}, {dtype} weights")
-    print(f"Prompts   {len(settings.prompts)} to train on, {len(settings.eval_prompts)} held out")
-    print(f"Reward    {reward if settings.reward == 'positive_word_reward' else settings.reward}")
-    words = f"{steps} step{'s' * (steps > 1)}"
-    print(f"Training  {samples} samples{filled} in {words}, seed {settings.seed}")
+    print(f"Prompts   {len(rows)} to train on, {len(eval_rows)} held out{left}")
+    print(f"Reward    {settings.reward}{words}")
+    print(f"Training  {samples} samples{filled} in {steps} steps{whole}, seed {settings.seed}")
     print(f"Output    {settings.output_dir}/{going_on}\n", flush=True)
 
 
 @contextmanager
-def open_log(settings, metrics):
-    """Yield a function that writes down the last of the metrics and shows progress.
+def open_log(settings, metrics, total):
+    """Yield a function that writes down the last of the metrics and its samples, and shows both.
 
     Progress is a live bar on a terminal, elsewhere a line every LOG_EVERY steps.
     """
-    done, total = len(metrics), count_steps(settings)
+    done, batch_size = len(metrics), settings.batch_size
     start = time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
     path = Path(settings.output_dir, "metrics.jsonl")
     path.write_text("".join(json.dumps(record) + "\n" for record in metrics))
+    samples_path = path.with_name("samples.jsonl")
+    with open(samples_path, "ab+") as file:  # never rewritten, only cut to the checkpoint's steps
+        file.seek(0)
+        file.truncate(sum(map(len, itertools.islice(file, done * batch_size))))
     shape = "{n_fmt}/{total_fmt} |{bar:12}| {remaining} left, {desc}"
-    no_bar = done == total or not is_terminal()
     tracker = None
     if settings.report_to == "tensorboard":
         tracker = TensorBoardTracker("tensorboard", settings.output_dir, purge_step=done + 1)
         tracker.start()
+    watched = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))  # None: closed
+    no_bar = not watched or done == total
+    say = partial(print, flush=True) if no_bar else tqdm.write
     with tqdm(total=total, initial=done, bar_format=shape, disable=no_bar) as bar:
 
-        def log(metrics):
+        def log(metrics, rows, texts, scores, kls):
             step, record = len(metrics), metrics[-1]
             record["seconds"] = time.perf_counter() - start
             with open(path, "a") as file:
                 file.write(json.dumps(record) + "\n")
+            with open(samples_path, "a", encoding="utf-8") as file:
+                for row, text, score, kl in zip(rows, texts, scores, kls):
+                    line = {"step": step, "prompt": row["prompt"], "response": text}
+                    line |= {"score": score, "kl": finite(kl)}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
             if tracker:
                 tracker.log(record, step=step)  # it leaves out what is None
             for text in warnings_of(metrics, settings.max_new_tokens):
-                tqdm.write(f"step {step}: {text}")
-            success, score, kl = (recent(metrics, n) for n in ("success_rate", "score", "kl"))
-            text = f"success {success:4.0%}, score {score:+.2f}, KL {kl:z.2f}"
+                say(f"step {step}: {text}")
+            rate, score, kl = (recent(metrics, n) for n in ("success_rate", "score", "kl"))
+            text = f"score {score:+.2f}, KL {kl:z.2f}"
+            text = text if math.isnan(rate) else f"success {rate:4.0%}, {text}"
             bar.set_description_str(text, refresh=False)
             bar.update()
-            if no_bar and (step % settings.log_every == 0 or step == total):
+            if step % settings.log_every == 0 or step == total:
                 left = tqdm.format_interval(record["seconds"] / step * (total - step))
-                print(f"step {step}/{total}, {left} left, {text}", flush=True)
+                if no_bar:
+                    say(f"step {step}/{total}, {left} left, {text}")
+                said = " ".join(f"{last_said(rows[0]['prompt'])} | {texts[0]}".split())
+                width = shutil.get_terminal_size().columns // (1 if said.isascii() else 2)
+                say(f"    {shorten(said, max(width - 5, 1))}")
 
         yield log
 
@@ -1275,15 +1521,18 @@ def recent(metrics, name):
 
 
 def warnings_of(metrics, max_new_tokens):
-    """Return what the user should know of the last step: skipped updates, a KL that went wrong."""
-    lines, kl = [], recent(metrics, "kl")
+    """Return what the user should know of the last step."""
+    lines, kl, skipped_updates = [], recent(metrics, "kl"), metrics[-1]["skipped_updates"]
     before = recent(metrics[:-1], "kl") if len(metrics) > 1 else 0.0
-    skipped_updates = metrics[-1]["skipped_updates"]
     if skipped_updates:
         lines.append(f"updates skipped, since their numbers were not finite: {skipped_updates}")
     if kl > max_new_tokens and not before > max_new_tokens:  # more than a nat per token, now
         remedy = "stop, and raise KL_COEF or lower TARGET_APPROX_KL"
         lines.append(f"the KL has run away to {kl:.1f} nats: {remedy}")
+    scores = [record["score"] for record in metrics]
+    if len(scores) == 10 and min(scores) == max(scores):
+        remedy = "take words, a reward or prompts with which scores differ"
+        lines.append(f"all responses scored {scores[0]:g} so far, nothing can be learned: {remedy}")
     return lines
 
 
@@ -1306,17 +1555,17 @@ def peak_memory_mb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def save_results(policy, tokenizer, report, metrics, folder):
+def save_results(policy, tokenizer, report, base_scores, metrics, folder):
     """Write model and report into a folder of their own, then move them: no file is ever torn."""
     output, new = Path(folder), Path(folder, "checkpoint", "results.new")
     shutil.rmtree(new, ignore_errors=True)
     try:
         new.mkdir()
         save_model(policy, tokenizer, new)
-        card = summarize(report, ".") + "\n![Success and KL](training.png)\n"
+        card = summarize(report, ".") + "\n![Score and KL](training.png)\n"
         (new / "README.md").write_text(card, encoding="utf-8")
         (new / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        draw(report, metrics, new / "training.png")
+        draw(report, base_scores, metrics, new / "training.png")
         mode = (new / "README.md").stat().st_mode  # safetensors would let nobody else read
         for path in [path for path in new.rglob("*") if path.is_file()]:
             path.chmod(mode)
@@ -1342,31 +1591,31 @@ def save_model(policy, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
-def draw(report, metrics, path):
-    """Draw the learning curve, and success against KL under the line of what is possible."""
+def draw(report, base_scores, metrics, path):
+    """Draw the learning curve, and the score against KL under the line of what is possible."""
     from matplotlib.figure import Figure  # here, since it takes a second to load
 
     blue, orange, grey = "#0072B2", "#D55E00", "#666666"  # told apart by colour-blind readers too
     base, trained = report["base"]["train_prompts"], report["trained"]["train_prompts"]
-    base_rate = base["success_rate"]
     steps = [n for n in range(1, len(metrics) + 1) if metrics[n - 1]["samples"] >= 100]
     steps = steps or [len(metrics)]  # means of fewer samples are noise
     samples = [metrics[step - 1]["samples"] for step in steps]
-    success = [recent(metrics[:step], "success_rate") for step in steps]
+    score = [recent(metrics[:step], "score") for step in steps]
     kl = [recent(metrics[:step], "kl") for step in steps]
-    rates = numpy.linspace(base_rate, 1, 200)
-    least = [kl_minimum(rate, base_rate, base["samples"]) for rate in rates]
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    left.set(title="Learning", xlabel="samples", ylabel="success rate")
-    left.plot(samples, success, color=blue, label="mean of the last 100 samples")
-    left.axhline(base_rate, color=grey, linestyle="-.", label="base model, measured")
-    right.set(title="What success costs", xlabel="KL against the base model (nats per response)")
-    right.plot(least, rates, color="black", label="least KL for a success rate")
-    right.plot(kl, success, ".-", color=blue, label="mean of the last 100 samples")
-    right.plot(0, base_rate, "s", color=grey, label="base model, measured")
-    right.plot(trained["kl"], trained["success_rate"], "*", color=orange, markersize=15)
+    left.set(title="Learning", xlabel="samples", ylabel="mean score")
+    left.plot(samples, score, color=blue, label="mean of the last 100 samples")
+    left.axhline(base["score"], color=grey, linestyle="-.", label="base model, measured")
+    right.set(title="What it costs", xlabel="KL against the base model (nats per response)")
+    if trained["kl_minimum"] is not None:
+        reachable = torch.linspace(base["score"], base_scores.max(), 50).tolist()
+        least = [kl_minimum(each, base_scores) for each in reachable]
+        right.plot(least, reachable, color="black", label="least KL for a mean score")
+    right.plot(kl, score, ".-", color=blue, label="mean of the last 100 samples")
+    right.plot(0, base["score"], "s", color=grey, label="base model, measured")
+    right.plot(trained["kl"], trained["score"], "*", color=orange, markersize=15)
     right.lines[-1].set_label("trained model, measured")
     for axes in (left, right):
         axes.legend(fontsize=8)
@@ -1382,8 +1631,12 @@ def summarize(report, folder):
         columns["base, held out"] = base["eval_prompts"]
         columns["trained, held out"] = trained["eval_prompts"]
     lines += [f"| {'':21} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name in ("success_rate", "score", "kl", "kl_minimum", "distinct", "perplexity_under_base"):
-        figures = (f"{part[name]:z.3f}".rjust(len(title)) for title, part in columns.items())
+    names = ("score", "standard_error", "win_rate", "success_rate", "kl", "kl_minimum", "distinct")
+    for name in (*names, "perplexity_under_base"):
+        figures = []
+        for title, part in columns.items():
+            figure = "-" if part[name] is None else f"{part[name]:z.3f}"
+            figures.append(figure.rjust(len(title)))
         lines.append(f"| {name:21} | {' | '.join(figures)} |")
     where = f"{report['samples']} samples in {report['seconds']:.0f} seconds on {report['device']}"
     lines += ["", f"{where}, seed {settings['seed']}. The first response to each prompt,"]
@@ -1394,6 +1647,12 @@ def summarize(report, folder):
             texts = [" ".join(text.split()) for text in (prompt, before, after[prompt])]
             texts[0] += " (held out)" * (prompts == "eval_prompts")
             lines.append("    {}\n        before  {}\n        after   {}".format(*texts))
+    prompt = next(iter(base["train_prompts"]["first_sample"]))
+    inputs = f'tokenizer({prompt!r}, return_tensors="pt")'
+    if report["chat"]:
+        options = 'add_generation_prompt=True, return_tensors="pt"'
+        turns = [{"role": "user", "content": prompt}]
+        inputs = f"tokenizer.apply_chat_template({turns}, {options})"
     lines.append(f"""
 {judge(report)}
 
@@ -1403,7 +1662,7 @@ The model is beside report.json and training.png. To load it:
 
     tokenizer = AutoTokenizer.from_pretrained({folder!r})
     model = AutoModelForCausalLM.from_pretrained({folder!r})
-    inputs = tokenizer({settings["prompts"][0]!r}, return_tensors="pt")
+    inputs = {inputs}
     print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 """)
     return "\n".join(lines)
@@ -1412,13 +1671,18 @@ The model is beside report.json and training.png. To load it:
 def judge(report):
     """Return the result in words, and what to try where it is not a good one."""
     base, trained = report["base"]["train_prompts"], report["trained"]["train_prompts"]
-    text = f"Success: {base['success_rate']:.1%} before, {trained['success_rate']:.1%} after,"
-    text += f" at {trained['kl']:z.1f} nats from the base model."
+    before, after = (
+        f"{part['score']:+z.2f} ± {part['standard_error']:.2f}" for part in (base, trained)
+    )
+    text = f"Score: {before} before, {after} after, higher in {trained['win_rate']:.0%} of pairs,"
+    text += f"\nat {trained['kl']:z.1f} nats from the base model."
+    if base["success_rate"] is not None:
+        text += f" Success: {base['success_rate']:.1%} before, {trained['success_rate']:.1%} after."
     if not report["close_to_base"]:
         text += " Little is left of it: try a lower LEARNING_RATE,"
         text += "\na lower TARGET_APPROX_KL or a higher KL_COEF."
-    elif base["success_rate"] == trained["success_rate"] == 0:
-        text += "\nThe base model never succeeded, so there was nothing to learn from:"
+    elif base["standard_error"] == trained["standard_error"] == 0:
+        text += "\nAll responses score the same, so there was nothing to learn from:"
         text += "\ntry words or prompts with which it succeeds now and then."
     elif not report["learned"]:
         text += "\nThat is no rise beyond chance: this run did not learn."
@@ -1436,33 +1700,27 @@ def main(argv=()):
     warnings.filterwarnings("error", message=".*tied layer is part of the adapter")  # not mergeable
     transformers.logging.disable_progress_bar()  # of loading weights
     transformers.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
     sys.set_int_max_str_digits(0)  # so that a number of any length can be shown, shortened
     settings = None
     try:
         with stop_on_signal():
             settings = read_settings(argv, globals(), RULES, CHECKS)
-            if settings.resume:
-                check_resume(settings, RULES, count_steps(settings))  # before anything is loaded
             run(settings)
             print(end="", flush=True)  # where the output can't be written, it is told here
         return 0
     except SettingsError as error:
-        tell(str(error))
+        print("Nothing was started or changed:", *error.args, sep="\n- ", file=sys.stderr)
         return 2
-    except Stopped as stopped:
-        tell(f"\nStopped; {what_is_saved(stopped)}")
-        return 128 + stopped.args[0]
-    except Exception as error:
-        reason = settings and explain(error, settings)
+    except (Stopped, Exception) as error:
+        stopped = isinstance(error, Stopped)
+        reason = "by a signal" if stopped else settings and explain(error, settings)
         if not reason:
             raise
-        tell(f"\nStopped: {reason}; {what_is_saved(error)}")
-        return 1
-
-
-def what_is_saved(error):
-    """Return the note that claim_output adds."""
-    return getattr(error, "__notes__", ["there was nothing to save yet"])[0]
+        saved = getattr(error, "__notes__", ["there was nothing to save yet"])[0]
+        print(f"\nStopped: {reason}; {saved}", file=sys.stderr)
+        return 128 + error.args[0] if stopped else 1
 
 
 if __name__ == "__main__" and "__file__" in globals():

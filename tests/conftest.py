@@ -71,7 +71,7 @@ def settings(make_settings):
 
 @pytest.fixture(scope="session")
 def build():
-    """Return tokenizer, policy and trainer, made as train_rlhf.run makes them."""
+    """Return rows, tokenizer, policy and trainer, made as train_rlhf.run makes them."""
 
     def make(settings):
         path = settings.model_name
@@ -82,9 +82,10 @@ def build():
             model = train_rlhf.load_base_model(path, device, dtype, settings.quantization)
             policy = train_rlhf.make_policy(model, tokenizer, settings)
             trainer = train_rlhf.make_trainer(policy, tokenizer, settings, device, dtype)
-        return SimpleNamespace(
-            settings=settings, tokenizer=tokenizer, policy=policy, trainer=trainer
-        )
+        sources = settings.prompts, settings.eval_prompts, settings.prompt_field, settings.seed
+        rows, eval_rows, _ = train_rlhf.read_prompts(*sources)
+        parts = {"tokenizer": tokenizer, "policy": policy, "trainer": trainer}
+        return SimpleNamespace(settings=settings, rows=rows, eval_rows=eval_rows, **parts)
 
     return make
 
@@ -98,19 +99,21 @@ def step():
 
     def take(built, queries=None, responses=None):
         if queries is None:
-            prompts = built.settings.prompts[: built.settings.batch_size]
-            queries, responses, _ = train_rlhf.rollout(built.policy, built.tokenizer, prompts)
+            rows = built.rows[: built.settings.batch_size]
+            queries = train_rlhf.encode(built.tokenizer, rows, built.settings.chat_template)
+            responses, _ = train_rlhf.rollout(built.policy, built.tokenizer, queries)
         token_scores = [torch.zeros(len(response)) for response in responses]
         for i, scores in enumerate(token_scores):
             scores[-1] = (-1.0) ** i
-        return built.trainer.step(queries, responses, token_scores)
+        metrics, _ = built.trainer.step(queries, responses, token_scores)
+        return metrics
 
     return take
 
 
 @pytest.fixture
 def call_main(monkeypatch, tmp_path):
-    """Call main in a fresh folder, with a screen so wide that no message is broken."""
+    """Call main in a fresh folder, with a screen so wide that no sample is cut."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "10000")
     return lambda *flags: train_rlhf.main([*map(str, flags)])

@@ -231,9 +231,9 @@ def prepare(order, notes):
                 note(f"{phase} {event} {Path(path).name}")
 
     def watch(function, first, then):
-        def watched(*args):
+        def watched(*args, **more):
             enter(first)
-            result = function(*args)
+            result = function(*args, **more)
             enter(then)
             return result
 

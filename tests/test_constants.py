@@ -114,6 +114,9 @@ MY_REWARD = 'REWARD = Path("my.py").name + ":score"'
         pytest.param('EVAL_PROMPTS = "..."', [], ["..."], id="one prompt held out"),
         pytest.param("EVAL_PROMPTS = []", [], [], id="nothing held out"),
         pytest.param("EVAL_PROMPTS = ()", [], [], id="nothing held out, in a tuple"),
+        pytest.param("TRAINING_EPOCHS = 0.1", [], 0.1, id="a tenth of an epoch"),
+        pytest.param("SUCCESS_THRESHOLD = 5", [], 5.0, id="number where auto was"),
+        pytest.param("SUCCESS_THRESHOLD = 5", ["--success-threshold", "auto"], "auto", id="auto"),
         pytest.param('LORA_TARGETS = "q_proj"', [], ["q_proj"], id="one layer"),
         pytest.param(MY_REWARD, [], "my.py:score", id="calculated text"),
     ],
@@ -127,6 +130,9 @@ def test_an_edit_that_works(source, call_edited, text, flags, value):
 
 
 # ------------------------------------------------------------------------ the edits that are refused
+OR_AUTO = "give a number, or auto, from -1000000000000000 to 1000000000000000"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
@@ -138,6 +144,9 @@ def test_an_edit_that_works(source, call_edited, text, flags, value):
         ("BATCH_SIZE", "BATCH_SIZE = 12.5", "12.5: give a whole number from 1 to 1000000"),
         ("BATCH_SIZE", 'BATCH_SIZE = "ten"', "ten: give a whole number from 1 to 1000000"),
         ("RESUME", "RESUME = 0", "0: give True or False"),
+        ("CHAT_TEMPLATE", "CHAT_TEMPLATE = None", "None: give True or False"),
+        ("SUCCESS_THRESHOLD", "SUCCESS_THRESHOLD = None", f"None: {OR_AUTO}"),
+        ("SUCCESS_THRESHOLD", "SUCCESS_THRESHOLD = True", f"True: {OR_AUTO}"),
         ("DEVICE", "DEVICE = None", "None: give auto, cpu or cuda"),
         ("OUTPUT_DIR", "OUTPUT_DIR = 5", "5: give a text"),
         ("MODEL_NAME", 'MODEL_NAME = ""', "empty: give a text"),
@@ -250,13 +259,35 @@ def test_constants_that_are_set_on_the_imported_module(folder, monkeypatch, caps
     assert_untouched(folder)
 
 
-def test_a_function_of_ones_own_set_on_the_imported_module(folder, monkeypatch, capsys):
-    """It is found by name, in a file, so that a run can be repeated."""
-    monkeypatch.setattr(train_rlhf, "REWARD", lambda text: 1.0)
-    assert train_rlhf.main() == 2
-    first, line = capsys.readouterr().err.splitlines()
-    assert first == "Nothing was started or changed:"
-    assert line == "- REWARD is <lambda>: give positive_word_reward or FILE.py:FUNCTION"
+@pytest.mark.parametrize("good", [True, False], ids=["works", "refused"])
+def test_a_function_of_ones_own_set_on_the_imported_module(
+    folder, monkeypatch, capsys, demo_model, good
+):
+    """As in a notebook: it is called by its object, and refused before anything is moved."""
+
+    def politeness(prompts, completions, **kwargs):
+        return [float(len(text)) for text in completions] if good else None
+
+    def stop(settings):
+        rows = [{"prompt": "I feel so"}, {"prompt": "Life is"}]
+        reward, scale = train_rlhf.load_reward(settings, rows, "cpu")
+        found.append((reward(rows, ["a", "bcd"]), scale, settings.reward))
+
+    found = []
+    monkeypatch.setattr(train_rlhf, "REWARD", politeness)
+    monkeypatch.setattr(train_rlhf, "run", stop)
+    status = train_rlhf.main(["--model-name", str(demo_model)])
+    output, message = capsys.readouterr()
+    assert output == ""
+    if good:
+        assert (status, message) == (0, "")
+        assert found == [([1.0, 3.0], None, "politeness")]
+    else:
+        first, line = message.splitlines()
+        assert (status, first, found) == (2, "Nothing was started or changed:", [])
+        assert line.startswith("- REWARD is politeness: TypeError(")
+        remedy = "let f(prompts, completions, **kwargs) return a finite number for each completion"
+        assert line.endswith(f": {remedy}")
     assert_untouched(folder)
 
 
@@ -323,7 +354,10 @@ def test_a_constant_that_is_refused_in_a_cell(source, folder, run_cell):
 
 # ------------------------------------------------------------------------- constants, rules and code
 def test_every_constant_has_one_rule_and_every_rule_a_constant(source):
-    constants = [name for name in assigned_constants(source) if name not in ("RULES", "CHECKS")]
+    """Names in capitals that stand further below, as RULES, are tables of the code."""
+    (run,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "run")
+    nodes = assigned_constants(source)
+    constants = [name for name, node in nodes.items() if node.lineno < run.lineno]
     assert sorted(NAMES) == sorted(constants)
 
 
@@ -346,12 +380,14 @@ def test_every_constant_is_read_by_the_code(source):
         if loaded and isinstance(node, ast.Name):
             bypassed.add(node.id)
     assert [name for name in NAMES if name.lower() not in read] == []
-    # A function that others may call alone has the words of the file as its default.
-    assert set(NAMES) & bypassed == {"POSITIVE_WORDS"}
+    # A function that others may call alone has the words of the file as its default, and a reward
+    # that was set as a function has no other place.
+    assert set(NAMES) & bypassed == {"POSITIVE_WORDS", "REWARD"}
 
 
 def test_the_defaults_follow_their_own_rules(folder, read_settings):
     settings = vars(read_settings())
     assert settings == {name.lower(): getattr(train_rlhf, name) for name in NAMES}
     for name in NAMES:
-        assert type(settings[name.lower()]) is type(getattr(train_rlhf, name)), name
+        kinds = {type(settings[name.lower()]), type(getattr(train_rlhf, name))}
+        assert len(kinds) == 1 or kinds == {int, float}, name  # 150 is a number too

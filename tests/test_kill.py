@@ -11,17 +11,18 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from train_rlhf import checkpoint_path, read_checkpoint
+from train_rlhf import read_checkpoint
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="needs the signals of Linux"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs the signals of Linux")
 
 STEPS, KILLS = 9, int(os.environ.get("KILLS", "12"))
 BY_TIME, IN_A_WRITE, AT_ONCE = -27, -25, -9  # SIGPROF, SIGXFSZ, SIGKILL: nothing can catch them
 FLAGS = "--device cpu --training-epochs 6 --batch-size 4 --mini-batch-size 2 --ppo-epochs 2"
-FLAGS += " --lora-rank 2 --max-new-tokens 4 --eval-samples 6 --save-every 1"
-REWARD = "def some_letters(text):\n    return len(set(text.lower()) & set('aeinorst')) / 3 - 1\n"
+FLAGS += " --lora-rank 2 --max-new-tokens 4 --eval-samples 6 --save-every 1 --scale-samples 6"
+REWARD = """
+def some_letters(prompts, completions, **kwargs):
+    return [len(set(text.lower()) & set("aeinorst")) for text in completions]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,9 @@ def undisturbed(start_run, tmp_path_factory):
     assert run.status == 0, run.stderr
     end = read_end(output)
     assert len(end["metrics"]) == STEPS
+    steps = [json.loads(line)["step"] for line in end["samples"]]
+    assert steps == [step for step in range(1, STEPS + 1) for _ in range(4)]
+    assert end["measured"]["scale"]["mean"] > 0  # it is a graded reward, so this was measured
     after_last_step = start_run(output, "--resume")
     assert after_last_step.status == 0, after_last_step.stderr
     assert read_end(output) == end
@@ -60,11 +64,13 @@ def read_end(output):
     """Return all in OUTPUT_DIR that each run leaves alike: times and memory are not."""
     lines = (output / "metrics.jsonl").read_text().splitlines()
     report, state = json.loads((output / "report.json").read_text()), read_checkpoint(output)
+    assert state["scale"] == report["scale"]
     assert without_seconds(state["metrics"]) == without_seconds(map(json.loads, lines))
     return {
         "model": digest(output / "model.safetensors"),
         "metrics": without_seconds(state["metrics"]),
-        "measured": {name: report[name] for name in ("learned", "base", "trained")},
+        "samples": (output / "samples.jsonl").read_text(encoding="utf-8").splitlines(),
+        "measured": {name: report[name] for name in ("scale", "learned", "base", "trained")},
         "weights": {name: weight.tolist() for name, weight in state["weights"].items()},
         "optimizer": {
             index: {name: moment.tolist() for name, moment in moments.items()}
@@ -87,10 +93,14 @@ def list_files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+def has_checkpoint(output):
+    return (output / "checkpoint" / "state.pt").exists()
+
+
 def seconds_left(output, undisturbed):
     """Return how long the run in the folder still takes, from its checkpoint if there is one."""
     left = STEPS
-    if checkpoint_path(output).exists():
+    if has_checkpoint(output):
         left -= len(read_checkpoint(output)["metrics"])
     training = undisturbed.seconds - undisturbed.last_seconds
     return undisturbed.last_seconds + training * left / STEPS
@@ -98,19 +108,19 @@ def seconds_left(output, undisturbed):
 
 def go_on(start_run, output, **kill):
     """Resume the run where there is a checkpoint, else start it."""
-    resume = ["--resume"] if checkpoint_path(output).exists() else []
+    resume = ["--resume"] if has_checkpoint(output) else []
     return start_run(output, *resume, **kill)
 
 
 def check_killed(start_run, output, undisturbed):
     """Check that what a killed run left is whole, and no checkpoint is nothing to resume."""
-    if checkpoint_path(output).exists():
+    if has_checkpoint(output):
         assert read_checkpoint(output)["weights"].keys() == undisturbed.end["weights"].keys()
     else:
         files = list_files(output.parent)
         refused = start_run(output, "--resume")
         assert refused.status == 2
-        assert "RESUME is True: there is no checkpoint in" in refused.stderr
+        assert "RESUME is True: it can't be loaded (there is no checkpoint in" in refused.stderr
         assert list_files(output.parent) == files
     model = output / "model.safetensors"
     if model.exists():
@@ -171,7 +181,7 @@ def test_a_run_killed_at_any_time_goes_on_as_if_untouched(start_run, undisturbed
             assert ended.status == BY_TIME, ended.stderr
             moments.pop()
             phases[phase_of(ended)] += 1
-            refused += not checkpoint_path(output).exists()
+            refused += not has_checkpoint(output)
             check_killed(start_run, output, undisturbed)
             kills, again = kills + 1, chance.random() < 0.65
         else:
@@ -205,6 +215,21 @@ def test_a_run_killed_while_it_saves_a_checkpoint_goes_on(start_run, undisturbed
         finish(start_run, output, undisturbed)
     with capsys.disabled():
         print(f"\n{kills} kills in save_checkpoint: at {', '.join(places)}")
+
+
+def test_a_run_killed_while_it_notes_samples_has_each_of_them_once(
+    start_run, undisturbed, tmp_path
+):
+    output, place = tmp_path / "trained_model", "training open samples.jsonl"
+    die(start_run, output, undisturbed, ("checkpoint", 3, None))  # with a checkpoint of step 2
+    die(start_run, output, undisturbed, (place, 1, None))
+    # From where the samples of the steps before are looked through, nothing more can be written.
+    assert go_on(start_run, output, death=(place, 1, 100)).status == IN_A_WRITE
+    check_killed(start_run, output, undisturbed)
+    begun = sum(len(line.encode()) + 1 for line in undisturbed.end["samples"][: 2 * 4]) + 50
+    die(start_run, output, undisturbed, (place, 2, begun))  # in the first line of step 3
+    assert (output / "samples.jsonl").stat().st_size == begun
+    finish(start_run, output, undisturbed)
 
 
 def test_a_run_killed_while_it_saves_its_results_goes_on(start_run, undisturbed, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -120,8 +121,8 @@ def spoil(monkeypatch):
 
     def start(way, value, *steps):
         trainers, untouched, now = [], {}, {}
-        names = ("make_trainer", "prompts_of_step", "make_record")
-        make_trainer, prompts_of_step, make_record = (getattr(train_rlhf, name) for name in names)
+        names = ("make_trainer", "rows_of_step", "make_record")
+        make_trainer, rows_of_step, make_record = (getattr(train_rlhf, name) for name in names)
 
         def make(*args):
             trainers.append(make_trainer(*args))
@@ -131,7 +132,7 @@ def spoil(monkeypatch):
             now["way"] = way(trainers[-1], value) if step in steps else nullcontext()
             now["way"].__enter__()
             now["before"] = state_of(trainers[-1])
-            return prompts_of_step(step, *args)
+            return rows_of_step(step, *args)
 
         def end(step, *args):
             untouched[step] = is_same(now["before"], state_of(trainers[-1]))
@@ -146,16 +147,19 @@ def spoil(monkeypatch):
 
 
 @pytest.fixture
-def train(build, make_settings, monkeypatch):
+def train(build, make_settings):
     """Train without measuring; return the metrics."""
-    monkeypatch.setattr(train_rlhf, "is_terminal", lambda: False)
 
     def start(*flags):
         settings = make_settings(*SMALL, *flags)
-        reward = train_rlhf.load_reward(settings.reward, settings.positive_words, "Life is")
         with train_rlhf.claim_output(settings.output_dir, resume=False):
             built, metrics = build(settings), []
-            train_rlhf.train(built.trainer, built.tokenizer, reward, settings, metrics)
+            trainer, rows = built.trainer, built.rows
+            reward, scale = train_rlhf.load_reward(settings, rows, "cpu")
+            learner = trainer.model, trainer.optimizer, trainer.accelerator.scaler
+            save = partial(train_rlhf.save_checkpoint, *learner, settings, metrics, scale=scale)
+            parts = reward, scale, rows, settings, metrics, save
+            train_rlhf.train(trainer, built.tokenizer, *parts)
         return metrics
 
     return start
@@ -211,9 +215,12 @@ def test_bad_steps_with_good_ones_in_between_stop_no_run_but_are_not_saved_befor
     train, spoil, monkeypatch
 ):
     saved, save = [], train_rlhf.save_checkpoint
-    monkeypatch.setattr(
-        train_rlhf, "save_checkpoint", lambda *args: saved.append(len(args[-1])) or save(*args)
-    )
+
+    def see_save(*args, **more):
+        saved.append(len(args[-1]))
+        save(*args, **more)
+
+    monkeypatch.setattr(train_rlhf, "save_checkpoint", see_save)
     spoil(bad_logits, math.nan, 1, 2, 4, 5)
     assert [record["skipped_updates"] for record in train()] == [2, 2, 0, 2, 2]
     assert saved == [3, STEPS]
@@ -363,7 +370,7 @@ def warnings(*kls, batch_size=100):
     """Return what is told at each step, {step: lines}; a response is of 8 tokens at most."""
     metrics = [{"kl": kl, "skipped_updates": 0} for kl in kls]
     for number, record in enumerate(metrics, start=1):
-        record["samples"] = number * batch_size
+        record |= {"samples": number * batch_size, "score": float(number)}
     steps = range(1, len(kls) + 1)
     told = {step: train_rlhf.warnings_of(metrics[:step], max_new_tokens=8) for step in steps}
     return {step: lines for step, lines in told.items() if lines}
@@ -391,7 +398,8 @@ def test_one_step_of_a_few_samples_is_no_runaway():
 
 
 def test_a_skipped_update_is_told_at_its_step_only():
-    metrics = [{"kl": 0.0, "skipped_updates": skipped, "samples": 10} for skipped in (0, 3, 0)]
+    metrics = [{"kl": 0.0, "samples": 10, "score": 0.5}] * 3
+    metrics = [record | {"skipped_updates": n} for record, n in zip(metrics, (0, 3, 0))]
     told = [train_rlhf.warnings_of(metrics[:step], 8) for step in (1, 2, 3)]
     assert told == [[], ["updates skipped, since their numbers were not finite: 3"], []]
 
@@ -402,64 +410,66 @@ def test_a_run_says_that_its_kl_has_run_away(train, capsys):
 
 
 # --------------------------------------------------------------------------- a reward of the user
+REWARD_FORM = "let f(prompts, completions, **kwargs) return a finite number for each completion"
+
+
 @pytest.fixture
 def write_reward(tmp_path):
-    def write(*lines):
-        code = "texts = []\n\ndef kindness(text):\n    texts.append(text)\n    "
-        (tmp_path / "mine.py").write_text(code + "\n    ".join(lines), encoding="utf-8")
-        return ["--reward", "mine.py:kindness"]
+    """Write a reward whose body begins at line 5, and return the flags for it."""
+    lines = ["import math, numpy, torch", "texts = []"]
+    lines += ["def kindness(prompts, completions, **kwargs):", "    texts.extend(completions)"]
+
+    def write(code):
+        (tmp_path / "mine.py").write_text("\n".join([*lines, f"    {code}"]), encoding="utf-8")
+        return ["--reward", "mine.py:kindness", "--scale-samples", "6"]
 
     return write
 
 
 @pytest.mark.parametrize(
-    ("code", "problem"),
+    ("code", "problem", "line"),
     [
-        ("raise ValueError('no idea')", "ValueError('no idea')"),
-        ("raise SystemExit(3)", "SystemExit(3)"),
-        ("return missing", "NameError("),
-        ("return None", "TypeError("),
-        ("return [1.0]", "TypeError("),
-        ("return 'good'", "ValueError("),
-        ("return 1j", "TypeError("),
-        ("return 10**400", "OverflowError("),
-        ("return float('nan')", "ValueError('nan is too large or not finite')"),
-        ("return float('-inf')", "ValueError('-inf is too large or not finite')"),
+        ("raise ValueError('no idea')", "ValueError('no idea')", 5),
+        ("raise SystemExit(3)", "SystemExit(3)", 5),
+        ("return missing", "NameError(", 5),
+        ("return [1.0]", "ValueError('it returned [1.0] for 2 texts')", 3),
+        ("return numpy.array(['1'] * len(completions))", "ValueError(", 3),
+        ("return torch.zeros(len(completions), 2)", "", 3),
+        ("return [math.nan for text in completions]", "ValueError('[nan] has what is not", 3),
     ],
 )
 def test_a_reward_that_gives_no_number_is_told_before_anything_is_moved(
-    call_main, write_reward, demo_model, tmp_path, capsys, code, problem
+    call_main, write_reward, demo_model, tmp_path, capsys, code, problem, line
 ):
     earlier = tmp_path / "trained_model" / "metrics.jsonl"
     earlier.parent.mkdir()
     earlier.write_text("{}\n", encoding="utf-8")
     assert call_main("--model-name", demo_model, *SMALL, *write_reward(code)) == 2
     err = capsys.readouterr().err
-    assert err.startswith(
-        f"Nothing was started or changed:\n- REWARD is kindness: {problem}",
-    )
-    example = repr(train_rlhf.PROMPTS[0])
-    assert err.endswith(f" for {example}: let it return one finite number for one text\n")
+    assert err.startswith(f"Nothing was started or changed:\n- REWARD is kindness: {problem}")
+    assert err.endswith(f" for '' in mine.py, line {line}: {REWARD_FORM}\n")
     assert {path.name for path in tmp_path.iterdir()} == {"mine.py", "trained_model"}
     assert [path.name for path in earlier.parent.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize(("good", "steps"), [(2, 0), (70, 2)])
+@pytest.mark.parametrize(("good", "steps"), [(2, None), (8, 0), (70, 2)])
 def test_a_reward_that_gives_no_number_later_costs_no_finished_step(
     call_main, write_reward, demo_model, tmp_path, capsys, good, steps
 ):
-    """A step asks 30 times: for 6 responses and for what each begins with, token by token."""
-    flags = write_reward(f"return 1.0 if len(texts) <= {good} else float('nan')")
-    assert call_main("--model-name", demo_model, *SMALL, *flags, "--save-every", "0") == 1
+    """It is asked about 2 texts to try it, 6 for the scale, 30 a step.
+
+    Those 30 are 6 responses and what each begins with, token by token.
+    """
+    code = f"return [1.0 if len(texts) <= {good} else math.nan for text in completions]"
+    flags = [*write_reward(code), "--save-every", "0"]
+    assert call_main("--model-name", demo_model, *SMALL, *flags) == 1
     err = capsys.readouterr().err
-    assert err.startswith(
-        "\nStopped: REWARD is kindness: ValueError('nan is too large or not finite') for "
-    )
+    assert err.startswith("\nStopped: REWARD is kindness: ValueError('[nan] has what is not finite")
     saved = f"what was learned up to step {steps} is saved. To go on, run the same line with"
     saved = f"{saved} --resume" if steps else "there was nothing to save yet"
-    assert err.endswith(f": let it return one finite number for one text; {saved}\n")
+    assert err.endswith(f" in mine.py, line 3: {REWARD_FORM}; {saved}\n")
     folder = tmp_path / "trained_model"
-    assert len(read_metrics(folder)) == steps
-    assert train_rlhf.checkpoint_path(folder).exists() == bool(steps)
-    if steps:
-        assert len(train_rlhf.read_checkpoint(folder)["metrics"]) == steps
+    assert (folder / "metrics.jsonl").exists() == (steps is not None)
+    assert steps is None or len(read_metrics(folder)) == steps
+    state = train_rlhf.read_checkpoint(folder)
+    assert len(state["metrics"]) == steps if steps else state is None

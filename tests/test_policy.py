@@ -98,7 +98,7 @@ def test_rank_and_targets_of_the_adapter_are_those_of_the_settings(build, make_s
 def test_targets_that_the_model_lacks(build, make_settings):
     with pytest.raises(train_rlhf.SettingsError) as error:
         build(make_settings("--lora-targets", "no_such_layer"))
-    (problem,) = error.value.problems
+    (problem,) = error.value.args
     assert problem.startswith("LORA_TARGETS is ['no_such_layer']: ")
     assert problem.endswith(": name linear layers of this model, or all-linear")
 
@@ -137,32 +137,54 @@ def test_a_tokenizer_without_a_pad_token_gets_one(copy_of_demo_model):
     assert train_rlhf.load_tokenizer(copy_of_demo_model).pad_token is not None
 
 
-@pytest.mark.parametrize("name", ["prompts", "eval-prompts"])
-def test_prompt_and_response_have_to_fit_into_the_context(demo_model, make_settings, name):
+# ---------------------------------------------------------------------------------- the context
+LONG = "very " * 100 + "good"
+
+
+@pytest.mark.parametrize("text", [LONG, [{"role": "user", "content": LONG}]], ids=["text", "chat"])
+def test_prompt_and_response_have_to_fit_into_the_context(demo_model, make_settings, text):
+    """What does not fit is left out; only where nothing fits there is something to be told."""
     tokenizer = train_rlhf.load_tokenizer(demo_model)
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
     context = json.loads((demo_model / "config.json").read_text())["max_position_embeddings"]
-    long = "very " * 100 + "good"
-    length = len(tokenizer(long)["input_ids"])
+    length = len(tokenizer(LONG)["input_ids"])
+    short, long = {"prompt": "My cat"}, {"prompt": text}
 
-    def check(new_tokens):
-        flags = [f"--{name}", "My cat", long, "--max-new-tokens", str(new_tokens)]
-        train_rlhf.check_length(demo_model, tokenizer, make_settings(*flags))
+    def fitting(new_tokens, *rows):
+        settings = make_settings("--max-new-tokens", str(new_tokens))
+        return train_rlhf.prompts_that_fit(demo_model, tokenizer, list(rows), settings)
 
-    check(context - length)
+    assert fitting(context - length, short, long) == [short, long]
+    assert fitting(context - length + 1, long, short) == [short]
+    assert fitting(context + 1) == []  # of none that were asked for none are missed
     with pytest.raises(train_rlhf.SettingsError) as error:
-        check(context - length + 1)
-    (problem,) = error.value.problems
-    assert problem.startswith(f"MAX_NEW_TOKENS is {context - length + 1}, too many with 'very very")
-    numbers = f"{length} tokens, the model's context of {context}"
-    assert problem.endswith(f"', {numbers}: give less, or a shorter prompt")
+        fitting(context - length + 1, long, long)
+    (problem,) = error.value.args
+    assert problem.startswith(
+        f"MAX_NEW_TOKENS is {context - length + 1}, too many for every prompt, such as 'very very"
+    )
+    remedy = f"give less, or shorter prompts; the model's context is {context}"
+    assert problem.endswith(f"', {length} tokens: {remedy}")
     assert len(problem) < 300
+
+
+@pytest.mark.parametrize("flag", ["--prompts", "--eval-prompts"])
+def test_prompts_of_both_kinds_are_held_against_the_context(
+    call_main, demo_model, tmp_path, capsys, flag
+):
+    flags = ["--device", "cpu", flag, LONG, "--max-new-tokens", "200"]
+    assert call_main("--model-name", demo_model, *flags) == 2
+    problem = "- MAX_NEW_TOKENS is 200, too many for every prompt, such as 'very very"
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "trained_model").exists()
 
 
 # ------------------------------------------------------------------------ before the first update
 def test_before_the_first_update_policy_and_base_model_are_one(build, settings):
     built = build(settings)
     torch.manual_seed(0)
-    queries, responses, _ = train_rlhf.rollout(built.policy, built.tokenizer, settings.prompts)
+    queries = ask(built.tokenizer, *settings.prompts)
+    responses, _ = train_rlhf.rollout(built.policy, built.tokenizer, queries)
     policy = evaluate(built, queries, responses)
     with built.trainer.optional_peft_ctx():
         base = evaluate(built, queries, responses)
@@ -306,7 +328,8 @@ def test_a_quantized_model_learns_and_is_saved_whole(
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_step_on_a_gpu(build, step, make_settings, dtype):
     built = build(make_settings("--device", "cuda", "--dtype", dtype))
-    queries, responses, _ = train_rlhf.rollout(built.policy, built.tokenizer, ["Life is", "I"])
+    queries = ask(built.tokenizer, "Life is", "I")
+    responses, _ = train_rlhf.rollout(built.policy, built.tokenizer, queries)
     inputs, mask = train_rlhf.pad_batch(built.tokenizer, queries, responses)
     assert {part.device.type for part in (*inputs.values(), mask)} == {"cuda"}
     first, second = step(built), step(built)

@@ -23,7 +23,9 @@ def drifted(build, make_settings):
         for name, parameter in built.policy.named_parameters():
             if "lora_B" in name or "v_head" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        queries, responses, _ = train_rlhf.rollout(built.policy, built.tokenizer, PROMPTS)
+        rows = [{"prompt": prompt} for prompt in PROMPTS]
+        queries = train_rlhf.encode(built.tokenizer, rows, chat_template=False)
+        responses, _ = train_rlhf.rollout(built.policy, built.tokenizer, queries)
         responses[1] = responses[1][:3]  # so that lengths differ
         token_scores = [torch.linspace(-1, 1, len(response)) for response in responses]
         built.batch = queries, responses, token_scores
@@ -153,8 +155,8 @@ def test_every_number_of_a_step(
 
     trainer.model.register_forward_pre_hook(see_inputs, with_kwargs=True)
     monkeypatch.setattr(trainer.accelerator, "backward", see_loss)
-    numpy.random.seed(0)
-    stats = trainer.step(queries, answers, token_scores)
+    torch.manual_seed(0)
+    stats, kls = trainer.step(queries, answers, token_scores)
 
     near = {"abs": 1e-4, "rel": 1e-4}
     # Before the updates.
@@ -190,7 +192,8 @@ def test_every_number_of_a_step(
         kl_loss = total - policy_loss.item() - value_loss.item()
         assert kl_loss == pytest.approx(kl_coef * update["kl_loss"], **near)
     # The figures.
-    assert stats["kl"] == pytest.approx(numpy.mean([row.kl.sum() for row in expected]), **near)
+    assert kls == pytest.approx([row.kl.sum() for row in expected], **near)
+    assert stats["kl"] == pytest.approx(numpy.mean(kls), **near)
     for key in ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "entropy"):
         mean = numpy.mean([update[key] for update in wanted])
         assert stats[key] == pytest.approx(mean, **near), key
@@ -237,7 +240,7 @@ def test_a_loss_by_hand(build, make_settings, monkeypatch):
         trainer.accelerator, "clip_grad_norm_", lambda *_: torch.tensor(1.0)
     )  # there is no gradient, since nothing goes backward
     spy(monkeypatch, trainer, "loss", calls)
-    stats = trainer.step([torch.tensor([5])], [torch.tensor([0, 1])], [torch.zeros(2)])
+    stats, kls = trainer.step([torch.tensor([5])], [torch.tensor([0, 1])], [torch.zeros(2)])
 
     # Ratios 1.25 and 0.75. A gain is clipped at 1.2; a loss of -1 times 0.75 is worse off than at
     # 0.8, so 0.8 counts.
@@ -253,6 +256,7 @@ def test_a_loss_by_hand(build, make_settings, monkeypatch):
     assert stats["approx_kl"] == pytest.approx(step_kl, abs=1e-6)
     old_kl = 0.4 * math.log(0.4 / 0.25) * 2 + 0.2 * math.log(0.2 / 0.5)
     assert stats["kl"] == pytest.approx(2 * old_kl, abs=1e-6)  # a sum over the response
+    assert kls == [stats["kl"]]
 
 
 def test_before_the_first_update_the_ratio_is_1_and_the_kl_0(
@@ -275,7 +279,7 @@ def test_the_loss_alone_pulls_a_drifted_policy_back(drifted, monkeypatch):
     monkeypatch.setattr(
         built.trainer, "compute_advantages", lambda values, *_: (values, None, values)
     )
-    kls = [built.trainer.step(*built.batch)["kl"] for _ in range(8)]
+    kls = [built.trainer.step(*built.batch)[0]["kl"] for _ in range(8)]
     assert kls[-1] < 0.3 * kls[0]
 
 
@@ -311,20 +315,35 @@ def test_every_gradient_is_clipped(drifted, monkeypatch, longest):
 
 
 # ---------------------------------------------------------------------------- the learning rate
+def next_rate(approx_kl, target, total_steps):
+    """Return by which factor the rate changes after six steps, with a target for the first."""
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1e-4}, {"lr": 3e-4}])
+    metrics = [{"approx_kl": 123.0}] * 5 + [{"approx_kl": approx_kl}]
+    settings = SimpleNamespace(target_approx_kl=target)
+    train_rlhf.set_learning_rate(optimizer, metrics, total_steps, settings)
+    first, second = (group["lr"] for group in optimizer.param_groups)
+    assert second == pytest.approx(3 * first)
+    return first / 1e-4
+
+
 @pytest.mark.parametrize(
     ("approx_kl", "factor"),
     [(0.01, 1), (0.01 / 1.44, 1.2), (0.0, 1.5), (1.0, 1 / 1.5), (None, 1 / 1.5)],
 )
 def test_the_learning_rate_follows_the_root_of_the_kl(approx_kl, factor):
-    rate = train_rlhf.adapt_learning_rate(1e-4, approx_kl, target=0.01)
-    assert rate == pytest.approx(1e-4 * factor)
+    rate = next_rate(approx_kl, target=0.08, total_steps=12)  # of which an eighth is left
+    assert rate == pytest.approx(factor)
 
 
-@pytest.mark.parametrize(("target", "factor"), [(0.08, 1), (0.04, 0.5**0.5), (0, 1)])
-def test_the_target_falls_as_a_cube_to_0(target, factor):
+@pytest.mark.parametrize(
+    ("target", "total_steps", "factor"),
+    [(0.08, 12, 1), (0.04, 12, 0.5**0.5), (0.01, 6 * 10**6, 1), (0.01, 6, 1 / 1.5)],
+)
+def test_the_target_falls_as_a_cube_to_0(target, total_steps, factor):
     """After 6 of 12 steps an eighth of it is left."""
-    optimizer = SimpleNamespace(param_groups=[{"lr": 1e-4}])
-    metrics = [{"approx_kl": 0.01}] * 6
-    settings = SimpleNamespace(target_approx_kl=target)
-    train_rlhf.set_learning_rate(optimizer, metrics, 12, settings)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4 * factor)
+    assert next_rate(0.01, target, total_steps) == pytest.approx(factor, rel=1e-5)
+
+
+@pytest.mark.parametrize("approx_kl", [0.0, 0.01, None])
+def test_without_a_target_the_learning_rate_stays(approx_kl):
+    assert next_rate(approx_kl, target=0, total_steps=12) == 1

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import textwrap
-from itertools import pairwise
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
@@ -49,14 +49,15 @@ def show(monkeypatch):
 
 @pytest.fixture
 def open_log(make_settings, tmp_path, monkeypatch):
-    """Open the log of 4 steps of 50 samples, each of which takes 30 seconds."""
+    """Open the log of 4 steps, each of which takes 30 seconds; a batch has 2 responses."""
     clock = SimpleNamespace(now=1000.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(train_rlhf, "time", clock)
+    monkeypatch.setenv("COLUMNS", "10000")
 
-    def start(metrics):
-        (tmp_path / "trained_model").mkdir()
-        many = ("--prompts", "Life is", "I", "--training-epochs", "100", "--batch-size", "50")
-        return train_rlhf.open_log(make_settings(*many, "--log-every", "2"), metrics)
+    def start(metrics, total=4, log_every=2):
+        (tmp_path / "trained_model").mkdir(exist_ok=True)
+        flags = ("--batch-size", "2", "--log-every", log_every)
+        return train_rlhf.open_log(make_settings(*map(str, flags)), metrics, total)
 
     def tick():
         clock.now += 30
@@ -65,11 +66,21 @@ def open_log(make_settings, tmp_path, monkeypatch):
     return start
 
 
-def take(open_log, log, metrics, *records):
+ROWS = [{"prompt": "Life is", "answer": 7}, {"prompt": "I feel so"}]
+TEXTS = [" good", " sad"]
+SAMPLE = "    Life is | good"
+
+
+def take(open_log, log, metrics, *records, rows=ROWS, texts=TEXTS, kls=(0.5, 0.25)):
     for each in records:
         open_log.tick()
         metrics.append(each)
-        log(metrics)
+        log(metrics, rows, texts, [1.0, -1.0], kls)
+
+
+def steps_in(screen):
+    """Return how each line of progress begins."""
+    return [line.split(",")[0] for line in screen.getvalue().splitlines() if "left" in line]
 
 
 # ---------------------------------------------------------------------------------- the progress
@@ -83,7 +94,7 @@ def test_a_terminal_gets_one_live_bar(show, open_log):
     assert "success  88%" in last  # the mean of the last 100 samples, 75 and 100 %
     assert "score +0.75" in last and "KL 0.88" in last
     assert err.getvalue().count("\n") == 1
-    assert out.getvalue() == ""
+    assert out.getvalue().splitlines() == [SAMPLE] * 2  # of the second step and the fourth
 
 
 def test_a_pipe_gets_a_line_every_few_steps_and_no_bar(show, open_log):
@@ -93,9 +104,22 @@ def test_a_pipe_gets_a_line_every_few_steps_and_no_bar(show, open_log):
         take(open_log, log, metrics, *map(record, range(1, 5)))
     assert out.getvalue().splitlines() == [
         "step 2/4, 01:00 left, success  50%, score +0.00, KL 0.38",
+        SAMPLE,
         "step 4/4, 00:00 left, success  50%, score +0.00, KL 0.88",
+        SAMPLE,
     ]
     assert err.getvalue() == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+def test_without_a_threshold_there_is_no_success_to_show(show, open_log, terminal):
+    screens = show(terminal)
+    metrics = []
+    with open_log(metrics) as log:
+        take(open_log, log, metrics, *(record(step) | {"success_rate": None} for step in (1, 2)))
+    shown = screens[terminal].getvalue()  # the bar is on stderr
+    assert "left, score +0.00, KL 0.38" in shown
+    assert "success" not in shown and "nan" not in shown
 
 
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
@@ -124,18 +148,16 @@ def test_a_run_that_goes_on_counts_on(show, open_log, tmp_path, terminal):
     if terminal:
         assert "2/4 |" in err.getvalue() and "0/4" not in err.getvalue()
     else:
-        assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["step 4/4"]
+        assert steps_in(out) == ["step 4/4"]
 
 
-def test_a_last_step_is_shown_whatever_log_every_is(show, open_log, make_settings):
+def test_a_last_step_is_shown_whatever_log_every_is(show, open_log):
     out, _ = show(terminal=False)
-    with open_log([]):
-        pass
-    settings = make_settings("--training-epochs", "2", "--log-every", "5")  # 3 steps of 4
     metrics = []
-    with train_rlhf.open_log(settings, metrics) as log:
+    with open_log(metrics, total=3, log_every=5) as log:
         take(open_log, log, metrics, *map(record, range(1, 4)))
-    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["step 3/3"]
+    assert steps_in(out) == ["step 3/3"]
+    assert out.getvalue().splitlines()[1:] == [SAMPLE]
 
 
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
@@ -157,7 +179,7 @@ def test_a_kl_that_rounding_takes_below_0_is_shown_as_0(show, open_log):
     metrics = []
     with open_log(metrics) as log:
         take(open_log, log, metrics, record(1, kl=-0.0001), record(2, kl=-0.0001))
-    assert out.getvalue().endswith("KL 0.00\n")
+    assert out.getvalue().splitlines()[0].endswith("KL 0.00")
 
 
 def test_what_was_not_finite_is_left_out_of_the_progress(show, open_log):
@@ -168,7 +190,7 @@ def test_what_was_not_finite_is_left_out_of_the_progress(show, open_log):
         take(open_log, log, metrics, *(record(step) | {"kl": None} for step in (2, 3, 4)))
     lines = out.getvalue().splitlines()
     assert lines[0].endswith("KL 1.00")
-    assert lines[1].endswith("KL nan")
+    assert lines[2].endswith("KL nan")
 
 
 @pytest.mark.parametrize(
@@ -187,72 +209,115 @@ def test_recent_leaves_out_what_was_not_finite():
 
 @pytest.mark.parametrize(
     ("stdout", "stderr", "watched"),
-    [
-        (Screen(True), Screen(True), True),
-        (Screen(True), Screen(False), False),
-        (Screen(False), Screen(True), False),
-        (None, Screen(True), False),
-    ],
-    ids=["terminal", "stderr in a file", "stdout in a file", "stdout closed"],
+    [(True, True, True), (True, False, False), (False, True, False)],
+    ids=["terminal", "stderr in a file", "stdout in a file"],
 )
-def test_a_bar_is_for_those_who_watch(monkeypatch, stdout, stderr, watched):
-    monkeypatch.setattr(sys, "stdout", stdout)
-    monkeypatch.setattr(sys, "stderr", stderr)
-    assert train_rlhf.is_terminal() is watched
+def test_a_bar_is_for_those_who_watch(open_log, monkeypatch, stdout, stderr, watched):
+    """A bar in a file would be noise, and a file without the progress would be of no use."""
+    out, err = Screen(stdout), Screen(stderr)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    metrics = []
+    with open_log(metrics) as log:
+        take(open_log, log, metrics, *map(record, range(1, 5)))
+    assert ("4/4 |" in err.getvalue()) is watched
+    assert steps_in(out) == ([] if watched else ["step 2/4", "step 4/4"])
 
 
-# ---------------------------------------------------------------------------------- the messages
-PATH = "/a/folder-that/" + "has-a-long-name-" * 8 + "of-its-own"
+def test_a_closed_output_is_no_obstacle(show, open_log, monkeypatch, tmp_path):
+    show(terminal=False)
+    monkeypatch.setattr(sys, "stdout", None)  # as it is after >&-
+    metrics = []
+    with open_log(metrics) as log:
+        take(open_log, log, metrics, record(1), record(2, skipped_updates=1))
+    assert len((tmp_path / "trained_model" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.fixture
-def longest(read_settings, make_settings):
-    """Return the longest messages: of many wrong settings, of memory, of a disk, of a stop."""
-    wrong = ["--model-name", PATH, "--lr", "1e-4", "--batch-size", "ten", "--epochs", "3"]
-    wrong += ["--prompts", "a", "a", "--eval-prompts", "a", "--quantisation", "4bit"]
-    wrong += ["--temperature", "0", "--dtype", "half", "--clip-range", "-1", "--seed", "x y z"]
-    with pytest.raises(train_rlhf.SettingsError) as refused:
-        read_settings(*wrong)
-    assert len(refused.value.problems) == 11
-    settings = make_settings("--output-dir", "a/folder")
-    failures = [MemoryError(), OSError(28, "No space left on device"), OSError("why " * 60)]
-    reasons = [train_rlhf.explain(error, settings) for error in failures]
-    saved = "what was learned up to step 12 is saved. To go on, run the same line with --resume"
-    return [str(refused.value), *(f"\nStopped: {reason}; {saved}" for reason in reasons)]
+# ----------------------------------------------------------------------------------- the samples
+def columns_of(text):
+    """Return how many columns a text takes on a terminal."""
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text)
 
 
-@pytest.mark.parametrize("columns", [40, 80, 10_000])
-def test_no_word_is_broken_at_the_edge_of_the_screen(longest, monkeypatch, capsys, columns):
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+@pytest.mark.parametrize("columns", [24, 40, 81])
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [("I feel so", " good" * 40), ("나는", " 행복해요" * 40), ("I am", " 행복 a" * 40)],
+    ids=["narrow", "wide", "mixed"],
+)
+def test_a_sample_is_cut_to_the_width_of_the_screen(
+    show, open_log, monkeypatch, terminal, columns, prompt, text
+):
+    out, _ = show(terminal)
     monkeypatch.setenv("COLUMNS", str(columns))
-    for text in longest:
-        assert max(map(len, text.splitlines())) > 150  # or it would tell little
-        train_rlhf.tell(text)
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.split() == text.split()
-        for line in err.splitlines():
-            assert len(line) <= columns or line == line.split()[0]  # a path that is longer
-        starts = [line for line in err.splitlines() if line.startswith("- ")]
-        assert len(starts) == text.count("\n- ")  # each problem begins a line
-        if columns == 10_000:
-            assert err == text + "\n"
+    metrics = []
+    with open_log(metrics) as log:
+        rows = [{"prompt": prompt}, *ROWS[1:]]
+        take(open_log, log, metrics, record(1), record(2), rows=rows, texts=[text, " sad"])
+    sample = out.getvalue().splitlines()[-1]
+    assert sample.startswith(f"    {prompt}") and sample.endswith("…")
+    assert f"{prompt} |{text}".startswith(sample.strip(" …"))
+    assert columns_of(sample) < columns
+    assert columns_of(sample) > (columns * 3 / 4 if text.isascii() else columns / 3)
 
 
-def test_lines_are_as_full_as_they_can_be(longest, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    for text in longest[1:]:
-        train_rlhf.tell(text)
-        lines = capsys.readouterr().err.splitlines()
-        assert lines[0] == ""  # what went wrong stands apart from the progress
-        for line, following in pairwise(lines[1:]):
-            assert len(line) + 1 + len(following.split()[0]) > 80
+def test_a_sample_is_one_line_and_of_a_conversation_its_last_message(show, open_log, monkeypatch):
+    out, _ = show(terminal=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    messages = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "Say\n\nhi"}]
+    rows, metrics = [{"prompt": messages}, *ROWS[1:]], []
+    with open_log(metrics) as log:
+        texts = ["\tHello,\r\n  you ", " sad"]
+        take(open_log, log, metrics, record(1), record(2), rows=rows, texts=texts)
+    assert out.getvalue().splitlines()[1:] == ["    Say hi | Hello, you"]
 
 
-def test_the_snippet_that_loads_the_model_is_python_that_quotes_what_it_is_given():
-    names = ("success_rate", "score", "kl", "kl_minimum", "distinct", "perplexity_under_base")
+def test_samples_jsonl_has_a_line_for_each_response(show, open_log, tmp_path):
+    show(terminal=False)
+    messages = [{"role": "user", "content": "Say hi"}]
+    rows, texts, metrics = [{"prompt": messages}, {"prompt": "나는"}], ["\n행복", ' "é"\u2028'], []
+    path = tmp_path / "trained_model" / "samples.jsonl"
+    with open_log(metrics) as log:
+        take(open_log, log, metrics, record(1))
+        assert len(path.read_bytes().splitlines()) == 2  # while it is still open
+        take(open_log, log, metrics, record(2), rows=rows, texts=texts, kls=[math.nan, 3.0])
+    lines = path.read_bytes().decode("utf-8").split("\n")
+    assert lines.pop() == ""
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "prompt": "Life is", "response": " good", "score": 1.0, "kl": 0.5},
+        {"step": 1, "prompt": "I feel so", "response": " sad", "score": -1.0, "kl": 0.25},
+        {"step": 2, "prompt": messages, "response": "\n행복", "score": 1.0, "kl": None},
+        {"step": 2, "prompt": "나는", "response": ' "é"\u2028', "score": -1.0, "kl": 3.0},
+    ]
+    assert "행복" in lines[2] and "나는" in lines[3]  # to be read as they are
+
+
+def test_the_samples_of_a_run_that_goes_on_are_those_of_its_steps(show, open_log, tmp_path):
+    """What came after the checkpoint is forgotten, a line that was never finished too."""
+    show(terminal=False)
+    path, metrics = tmp_path / "trained_model" / "samples.jsonl", []
+    with open_log(metrics) as log:
+        take(open_log, log, metrics, *map(record, (1, 2, 3)), texts=[" a\u2028b", "\x85c"])
+    written = path.read_bytes()
+    path.write_bytes(written + b'{"step": 4, "pro')
+    del metrics[2:]
+    with open_log(metrics) as log:
+        assert path.read_bytes().split(b"\n") == [*written.split(b"\n")[:4], b""]
+        take(open_log, log, metrics, *map(record, (3, 4)))
+    steps = [json.loads(line)["step"] for line in path.read_bytes().splitlines()]
+    assert steps == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+# ------------------------------------------------------------------------------------- the result
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_snippet_that_loads_the_model_is_python_that_quotes_what_it_is_given(chat):
+    names = ("score", "standard_error", "win_rate", "success_rate", "kl", "kl_minimum", "distinct")
     prompt = 'say "so"'
-    measured = dict.fromkeys(names, 0.5) | {"first_sample": {prompt: " and so"}}
+    measured = dict.fromkeys([*names, "perplexity_under_base"], 0.5)
+    measured |= {"first_sample": {prompt: " and so"}}
     report = {
+        "chat": chat,
         "settings": {"model_name": "a/model", "prompts": [prompt], "seed": 0},
         "base": {"train_prompts": measured},
         "trained": {"train_prompts": measured},
@@ -267,3 +332,4 @@ def test_the_snippet_that_loads_the_model_is_python_that_quotes_what_it_is_given
     compile(code, "snippet", "exec")
     assert code.count("""from_pretrained("./it's")""") == 2
     assert """'say "so"'""" in code
+    assert ("apply_chat_template" in code) is chat

@@ -27,8 +27,9 @@ def ask(tokenizer, *prompts):
     return [tokenizer(prompt, return_tensors="pt")["input_ids"][0] for prompt in prompts]
 
 
-def generate(built, queries):
-    return train_rlhf.generate(built.policy.pretrained_model, built.tokenizer, queries)
+def rollout(built, queries):
+    """Return the responses alone."""
+    return train_rlhf.rollout(built.policy, built.tokenizer, queries)[0]
 
 
 def change_generation_config(folder, changes):
@@ -43,20 +44,38 @@ def plain(demo_model):
 
 
 # ------------------------------------------------------------------------------------- the prompts
-def test_prompts_take_turns_over_the_steps():
-    prompts = ["a", "b", "c"]
-    steps = [train_rlhf.prompts_of_step(step, prompts, batch_size=4) for step in (1, 2, 3)]
-    assert steps == [[*"abca"], [*"bcab"], [*"cabc"]]
+def test_every_epoch_has_each_row_once_in_an_order_of_its_own():
+    """The batches don't divide an epoch, and a step needs none of those before it."""
+
+    def order(seed):
+        batches = [train_rlhf.rows_of_step(step, rows, 4, seed) for step in range(15, 0, -1)]
+        assert {*map(len, batches)} == {4}
+        names = [row["prompt"] for batch in reversed(batches) for row in batch]
+        return [names[start : start + 12] for start in range(0, 60, 12)]
+
+    rows = [{"prompt": letter} for letter in "abcdefghijkl"]
+    epochs = order(seed=0)
+    assert all(sorted(epoch) == [*"abcdefghijkl"] for epoch in epochs)
+    assert len({*map(tuple, epochs)}) == 5
+    torch.manual_seed(123)  # whatever happened in between
+    assert order(seed=0) == epochs != order(seed=1)
+
+
+def test_a_batch_larger_than_an_epoch_has_every_row_as_often_as_it_goes():
+    rows = [{"prompt": letter} for letter in "abc"]
+    names = [row["prompt"] for row in train_rlhf.rows_of_step(1, rows, 7, seed=0)]
+    assert sorted(names[:3]) == sorted(names[3:6]) == [*"abc"] and names[6] in "abc"
 
 
 # ----------------------------------------------------------------------------------- the responses
 def test_a_rollout_gives_queries_responses_and_their_texts(build, settings):
     built = build(settings)
-    torch.manual_seed(0)
-    queries, responses, texts = train_rlhf.rollout(built.policy, built.tokenizer, settings.prompts)
+    queries = train_rlhf.encode(built.tokenizer, built.rows, chat_template=False)
     assert [query.tolist() for query in queries] == [
         built.tokenizer(prompt)["input_ids"] for prompt in settings.prompts
     ]
+    torch.manual_seed(0)
+    responses, texts = train_rlhf.rollout(built.policy, built.tokenizer, queries)
     assert len(texts) == len(responses) == len(queries)
     for query, response, text in zip(queries, responses, texts):
         assert response.dim() == 1
@@ -69,7 +88,7 @@ def test_a_response_ends_with_its_first_end_token(build, make_settings):
     built = build(make_settings("--max-new-tokens", "60"))
     (query,) = ask(built.tokenizer, "Life is")
     torch.manual_seed(0)
-    responses = generate(built, [query] * 60)
+    responses = rollout(built, [query] * 60)
     assert len({len(response) for response in responses}) > 1
     for response in responses:
         assert built.tokenizer.eos_token_id not in response[:-1]
@@ -80,7 +99,7 @@ def test_a_response_ends_with_its_first_end_token(build, make_settings):
     ("own", "known", "expected"),
     [
         ([1, 2], [1, 2], [[5, 6, 1], [5, 2], [5, 6, 7, 8, 9], [1], [5, 1]]),
-        (None, 2, [[5, 6, 1, 0, 0], [5, 2], [5, 6, 7, 8, 9], [1, 0, 0, 0, 0], [5, 1, 7, 2]]),
+        (None, [2], [[5, 6, 1, 0, 0], [5, 2], [5, 6, 7, 8, 9], [1, 0, 0, 0, 0], [5, 1, 7, 2]]),
     ],
 )
 def test_each_end_token_of_the_model_or_else_the_tokenizers_ends_a_response(
@@ -98,7 +117,7 @@ def test_each_end_token_of_the_model_or_else_the_tokenizers_ends_a_response(
         "generate",
         lambda input_ids, **others: torch.cat([input_ids, torch.tensor(rows)], dim=1),
     )
-    responses = generate(built, ask(built.tokenizer, *["Once upon a time"] * 5))
+    responses = rollout(built, ask(built.tokenizer, *["Once upon a time"] * 5))
     assert [response.tolist() for response in responses] == expected
 
 
@@ -107,8 +126,8 @@ def test_padding_does_not_change_what_a_prompt_is_continued_with(build, make_set
     built.policy.pretrained_model.generation_config.do_sample = False
     prompts = ["Life", "Life is what I always wanted it to be, and today I am", "I'm feeling"]
     queries = ask(built.tokenizer, *prompts)
-    for query, response in zip(queries, generate(built, queries)):
-        (alone,) = generate(built, [query])
+    for query, response in zip(queries, rollout(built, queries)):
+        (alone,) = rollout(built, [query])
         assert response.tolist() == alone.tolist()
 
 
@@ -135,7 +154,7 @@ def test_tokens_are_sampled_as_the_model_gives_them(
     built = build(make_settings("--model-name", str(copy_of_demo_model), *flags))
     n, (query,) = 4000, ask(built.tokenizer, "I feel so")
     torch.manual_seed(0)
-    responses = generate(built, [query] * n)
+    responses = rollout(built, [query] * n)
     counts = torch.bincount(torch.cat(responses), minlength=len(built.tokenizer)).double()
     with torch.no_grad():
         logits = plain(query[None]).logits[0, -1].double()
@@ -159,7 +178,8 @@ def test_a_model_with_its_own_way_of_sampling_is_sampled_like_any_other(
         change_generation_config(copy_of_demo_model, changes)
         built = build(make_settings("--model-name", str(copy_of_demo_model)))
         torch.manual_seed(0)
-        texts.append(train_rlhf.rollout(built.policy, built.tokenizer, ["Life is"] * 20)[2])
+        queries = ask(built.tokenizer, *["Life is"] * 20)
+        texts.append(train_rlhf.rollout(built.policy, built.tokenizer, queries)[1])
     assert texts[0] == texts[1]
 
 
@@ -168,7 +188,7 @@ def test_rollout_and_loss_speak_of_one_distribution(build, make_settings, plain,
     built = build(make_settings("--temperature", str(temperature)))
     queries = ask(built.tokenizer, "Life is", "I'm feeling so")
     torch.manual_seed(0)
-    responses = generate(built, queries)
+    responses = rollout(built, queries)
     assert built.policy.pretrained_model.generation_config.temperature == temperature
 
     inputs, mask = train_rlhf.pad_batch(built.tokenizer, queries, responses)

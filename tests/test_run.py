@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -34,6 +35,12 @@ def read_metrics(folder):
     return [json.loads(line) for line in lines]
 
 
+def read_samples(folder):
+    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == ""
+    return [json.loads(line) for line in lines]
+
+
 def read_report(folder):
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
@@ -50,6 +57,16 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def assert_ended_alike(folder, other):
+    """Check that two runs gave the same: metrics but the seconds, samples, report, model."""
+    assert without_seconds(read_metrics(folder)) == without_seconds(read_metrics(other))
+    for name in ("samples.jsonl", "model.safetensors"):
+        assert digest(folder / name) == digest(other / name), name
+    ours, theirs = read_report(folder), read_report(other)
+    for name in ("scale", "base", "trained", "learned"):
+        assert ours[name] == theirs[name], name
+
+
 def digests(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): digest(path) for path in files}
@@ -64,6 +81,7 @@ def learned(run_script, demo_model, tmp_path_factory):
     assert run.status == 0, run.stderr
     run.cwd, run.folder = cwd, folder
     run.metrics, run.report = read_metrics(folder), read_report(folder)
+    run.samples = read_samples(folder)
     return run
 
 
@@ -71,6 +89,7 @@ def learned(run_script, demo_model, tmp_path_factory):
 def test_the_run_raises_the_success_rate(learned):
     base, trained = (learned.report[model]["train_prompts"] for model in ("base", "trained"))
     assert trained["success_rate"] >= base["success_rate"] + 0.25
+    assert trained["win_rate"] > 0.5 + 0.1
     assert learned.report["learned"] is True
     rates = [record["success_rate"] for record in learned.metrics]
     assert sum(rates[-8:]) > sum(rates[:8])
@@ -86,19 +105,20 @@ def test_the_saved_model_does_in_plain_transformers_what_the_report_says(learned
         inputs = tokenizer([prompt] * 40, return_tensors="pt")
         ids = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        scores += map(train_rlhf.positive_word_reward, texts)
+        scores += train_rlhf.positive_word_reward(prompts=[prompt] * 40, completions=texts)
     told, base = (learned.report[model]["train_prompts"] for model in ("trained", "base"))
-    assert train_rlhf.success_rate(scores) == pytest.approx(told["success_rate"], abs=0.2)
-    assert train_rlhf.success_rate(scores) > base["success_rate"] + 0.2
+    rate = train_rlhf.success_rate(scores, threshold=0)
+    assert rate == pytest.approx(told["success_rate"], abs=0.2)
+    assert rate > base["success_rate"] + 0.2
 
 
 # ------------------------------------------------------------------------------------ what it leaves
 def test_all_that_the_run_leaves_is_in_its_folder(learned):
     assert [path.name for path in learned.cwd.iterdir()] == ["trained_model"]
     model = "config.json generation_config.json model.safetensors tokenizer.json"
-    results = "tokenizer_config.json metrics.jsonl report.json training.png README.md checkpoint"
+    logs, results = "metrics.jsonl samples.jsonl", "report.json training.png README.md checkpoint"
     names = {path.name for path in learned.folder.iterdir()}
-    assert names == {*model.split(), *results.split()}
+    assert names == {*model.split(), "tokenizer_config.json", *logs.split(), *results.split()}
     left = {path.name for path in (learned.folder / "checkpoint").iterdir()}
     assert left == {"lock", "state.pt"}
 
@@ -124,6 +144,29 @@ def test_the_metrics_of_each_step(learned):
     assert seconds == sorted(seconds) and seconds[0] > 0
 
 
+def test_the_samples_of_each_step(learned):
+    size = train_rlhf.BATCH_SIZE
+    assert len(learned.samples) == size * len(learned.metrics)
+    for record in learned.metrics:
+        batch = learned.samples[size * (record["step"] - 1) : size * record["step"]]
+        assert {sample["step"] for sample in batch} == {record["step"]}
+        for sample in batch:
+            assert set(sample) == {"step", "prompt", "response", "score", "kl"}
+            assert sample["score"] in (1.0, -1.0) and sample["kl"] > -1e-6
+        for name in ("score", "kl"):
+            mean = sum(sample[name] for sample in batch) / size
+            assert mean == pytest.approx(record[name], abs=1e-6)
+        texts = [sample["response"] for sample in batch]
+        assert len(set(texts)) / size == record["distinct"]
+    prompts = [sample["prompt"] for sample in learned.samples]
+    assert prompts[:6] != train_rlhf.PROMPTS  # in an order of its own, each once an epoch
+    for start in range(0, len(prompts), 6):
+        assert sorted(prompts[start : start + 6]) == sorted(train_rlhf.PROMPTS)
+    said = {score: [s for s in learned.samples if s["score"] == score] for score in (1, -1)}
+    words = set(train_rlhf.POSITIVE_WORDS)
+    assert all(words & set(re.findall(r"\w+", each["response"].lower())) for each in said[1])
+
+
 def test_the_report(learned, demo_model):
     report = learned.report
     names = {name.lower() for _, _, _, names in train_rlhf.RULES for name in names.split()}
@@ -133,6 +176,9 @@ def test_the_report(learned, demo_model):
     assert report["versions"]["trl"] == "0.11.4"
     assert report["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert (report["device"], report["dtype"]) == ("CPU with 1 thread", "float32")
+    as_it_is = {"mean": 0.0, "deviation": 1.0, "graded": False, "threshold": 0.0}
+    assert report["scale"] == as_it_is
+    assert report["chat"] is False
     wanted = {"train_prompts": train_rlhf.PROMPTS, "eval_prompts": train_rlhf.EVAL_PROMPTS}
     for model in ("base", "trained"):
         assert set(report[model]) == set(wanted)
@@ -140,12 +186,17 @@ def test_the_report(learned, demo_model):
             assert part["samples"] == 60
             assert 0 <= part["success_rate"] <= 1 and 0 < part["distinct"] <= 1
             assert part["score"] == pytest.approx(2 * part["success_rate"] - 1)
+            deviation = math.sqrt(1 - part["score"] ** 2)  # of +1 and -1
+            assert part["standard_error"] == pytest.approx(deviation / math.sqrt(60))
             assert part["perplexity_under_base"] > 1
             assert part["kl"] >= 0 and part["kl_minimum"] >= 0
             assert [*part["first_sample"]] == wanted[name]
-    assert report["base"]["train_prompts"]["kl"] == 0
-    trained = report["trained"]["train_prompts"]
+    base, trained = (report[model]["train_prompts"] for model in ("base", "trained"))
+    assert (base["kl"], base["kl_minimum"], base["win_rate"]) == (0, 0, 0.5)
     assert trained["kl"] > trained["kl_minimum"]
+    # Of two scores, what is won more often than lost is the rise of the success rate.
+    rise = trained["success_rate"] - base["success_rate"]
+    assert trained["win_rate"] == pytest.approx(0.5 + rise / 2)
     assert report["samples"] == learned.metrics[-1]["samples"]
     assert report["seconds"] == learned.metrics[-1]["seconds"]
     assert report["samples_per_second"] == pytest.approx(report["samples"] / report["seconds"])
@@ -175,7 +226,8 @@ def test_the_model_card(learned):
     for model in ("base", "trained"):
         for prompts in ("train_prompts", "eval_prompts"):
             part = learned.report[model][prompts]
-            assert f"{part['success_rate']:.3f}" in card
+            for name in ("score", "standard_error", "win_rate", "success_rate"):
+                assert f"{part[name]:.3f}" in card
             assert f"{part['perplexity_under_base']:.3f}" in card
             for prompt, text in part["first_sample"].items():
                 assert prompt in card
@@ -223,6 +275,16 @@ def test_progress_comes_in_plain_lines(learned):
     assert f"00:00 left, success {sum(rates) / len(rates):4.0%}" in shown[-1]
 
 
+def test_a_sample_of_the_step_comes_with_every_line_of_progress(learned):
+    lines = learned.stdout.splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("step "):
+            step = int(re.match(r"step (\d+)/", line)[1])
+            first = learned.samples[(step - 1) * train_rlhf.BATCH_SIZE]
+            text = " ".join(f"{first['prompt']} | {first['response']}".split())
+            assert lines[number + 1] == f"    {text}"
+
+
 def test_the_result_is_shown_as_in_the_card(learned):
     shown = learned.stdout.partition("\n# ")[2]
     told = read_card(learned.folder).removeprefix("# ")
@@ -254,13 +316,16 @@ def test_a_model_that_never_succeeds_has_nothing_to_learn_from(
     call_main, demo_model, tmp_path, capsys
 ):
     assert call_main("--model-name", demo_model, *SHORT, "--positive-words", "zebra") == 0
-    words = "The base model never succeeded, so there was nothing to learn from:\n"
+    words = "Score: -1.00 ± 0.00 before, -1.00 ± 0.00 after, higher in 50% of pairs,\n"
+    words += "at 0.0 nats from the base model. Success: 0.0% before, 0.0% after.\n"
+    words += "All responses score the same, so there was nothing to learn from:\n"
     words += "try words or prompts with which it succeeds now and then.\n"
     for text in (capsys.readouterr().out, read_card(tmp_path / "trained_model")):
-        assert (
-            f"Success: 0.0% before, 0.0% after, at 0.0 nats from the base model.\n{words}" in text
-        )
+        assert words in text
         assert "did not learn" not in text
+    report = read_report(tmp_path / "trained_model")
+    assert report["trained"]["train_prompts"]["kl_minimum"] is None
+    assert report["learned"] is False
 
 
 def test_the_advice_after_far_too_large_steps_does_not_contradict_itself(
@@ -309,8 +374,8 @@ def test_a_stopped_run_saves_a_checkpoint_and_says_how_to_go_on(disturbed, index
     assert len(stopped.metrics) == step  # the step was taken to its end, and no further one
     saved = f"what was learned up to step {step} is saved. To go on, run the same line with"
     once_more = "\nStopping after this step; once more to stop at once\n"
-    assert stopped.stderr == f"{once_more}\nStopped; {saved} --resume\n"
-    assert stopped.names == {"checkpoint", "metrics.jsonl"}  # it is no finished run
+    assert stopped.stderr == f"{once_more}\nStopped: by a signal; {saved} --resume\n"
+    assert stopped.names == {"checkpoint", "metrics.jsonl", "samples.jsonl"}  # not a finished run
 
 
 def test_a_stop_while_the_libraries_are_imported_shows_no_stack_trace(script):
@@ -328,18 +393,14 @@ def test_a_second_signal_stops_at_once(run_script, demo_model, tmp_path):
     signals = [(2, signal.SIGINT), (2, signal.SIGINT)]
     stopped = run_script(tmp_path, "--model-name", demo_model, *SHORT, signals=signals)
     assert stopped.status == 130
-    assert stopped.stderr.endswith("\nStopped; there was nothing to save yet\n")
+    assert stopped.stderr.endswith("\nStopped: by a signal; there was nothing to save yet\n")
     assert len(read_metrics(tmp_path / "trained_model")) == 1
 
 
 def test_a_resumed_run_ends_like_an_undisturbed_one(disturbed):
-    metrics, expected = read_metrics(disturbed.folder), read_metrics(disturbed.calm)
-    assert without_seconds(metrics) == without_seconds(expected)
-    assert len(metrics) == 12
-    model, expected = (digests(place) for place in (disturbed.folder, disturbed.calm))
-    assert model["model.safetensors"] == expected["model.safetensors"]
-    ours, theirs = read_report(disturbed.folder), read_report(disturbed.calm)
-    assert (ours["base"], ours["trained"]) == (theirs["base"], theirs["trained"])
+    assert_ended_alike(disturbed.folder, disturbed.calm)
+    steps = [sample["step"] for sample in read_samples(disturbed.folder)]
+    assert steps == [step for step in range(1, 12 + 1) for _ in range(4)]
 
 
 def test_a_resumed_run_says_where_it_goes_on(disturbed):
@@ -434,6 +495,131 @@ def test_tensorboard_gets_every_metric_of_every_step(twice):
     assert twice.first.stderr == ""
 
 
+# ----------------------------------------------------------------- prompts and a reward in own files
+PEOPLE = ("I", "We", "They", "My friends", "Nina and I", "Our neighbours")
+LETTERS = {  # prompt: its answer, the letter that its completions are to have
+    f"{people} {verb}": letter
+    for people, letter in zip(PEOPLE, "eatnsh")
+    for verb in ("feel", "are", "think of")
+}
+LETTERS |= {"Today, I am": "e", "The café is": "a"}
+LETTER_REWARD = """
+def letters(prompts, completions, answer, **kwargs):
+    return [float(text.count(letter)) for text, letter in zip(completions, answer)]
+"""
+
+
+@pytest.fixture(scope="session")
+def own_files(run_script, demo_model, tmp_path_factory):
+    """Return two runs alike, of a table of prompts and a graded reward that reads its answers.
+
+    One was killed on its way, and resumed with files that were changed before they were put back.
+    """
+    cwd = tmp_path_factory.mktemp("own_files")
+    rows = [*LETTERS.items(), ("I feel", "e"), ("They went on and on, " * 200, "t")]
+    table = "".join(f'"{prompt}",{letter}\n' for prompt, letter in rows)
+    contents = {"prompts.csv": f"prompt,answer\n{table}", "rewards.py": LETTER_REWARD}
+    for name, text in contents.items():
+        (cwd / name).write_text(text, encoding="utf-8")
+    flags = ["--model-name", demo_model, *FAST, "--training-epochs", 2, "--batch-size", 4]
+    flags += ["--eval-samples", 24, "--scale-samples", 24, "--save-every", 2]
+    flags += ["--learning-rate", "0.003"]  # far enough that a scale measured anew would differ
+    flags += ["--prompts", "prompts.csv", "--reward", "rewards.py:letters"]
+
+    calm = run_script(cwd, *flags, "--output-dir", "calm")
+    assert (calm.status, calm.stderr) == (0, "")
+    killed = run_script(cwd, *flags, signals=[(6, signal.SIGKILL)])
+    assert killed.status == -signal.SIGKILL
+    assert len(read_metrics(cwd / "trained_model")) == 5  # and the checkpoint has 4
+    before, refused = digests(cwd / "trained_model"), {}
+    (cwd / "prompts.csv").write_text(contents["prompts.csv"] + "\n", encoding="utf-8")
+    refused["prompts.csv"] = run_script(cwd, *flags, "--resume")
+    (cwd / "prompts.csv").write_text(contents["prompts.csv"], encoding="utf-8")
+    after = digests(cwd / "trained_model")
+    resumed = run_script(cwd, *flags, "--resume")
+    shutil.copytree(cwd / "trained_model", cwd / "copy")
+    again = [*flags, "--output-dir", "copy", "--resume", "--training-epochs", 3]
+    refused["eval"] = run_script(cwd, *again, "--eval-prompts")
+    folders = {"calm": cwd / "calm", "resumed": cwd / "trained_model"}
+    runs = {"calm_run": calm, "refused": refused, "resumed_run": resumed}
+    return SimpleNamespace(**folders, **runs, before=before, after=after)
+
+
+def test_a_run_of_own_prompts_and_a_graded_reward_resumes_exactly(own_files):
+    assert (own_files.resumed_run.status, own_files.resumed_run.stderr) == (0, "")
+    assert "going on after step 4\n" in own_files.resumed_run.stdout
+    assert_ended_alike(own_files.resumed, own_files.calm)
+    steps = [sample["step"] for sample in read_samples(own_files.resumed)]
+    assert steps == [step for step in range(1, 9 + 1) for _ in range(4)]
+
+
+def test_a_run_is_not_resumed_with_changed_prompts(own_files):
+    refused, told = own_files.refused["prompts.csv"], "has changed since the checkpoint"
+    assert refused.status == 2
+    line = f"- prompts.csv {told}: put it back or start anew\n"
+    assert refused.stderr == f"Nothing was started or changed:\n{line}"
+    assert own_files.after == own_files.before
+
+
+def test_a_run_is_not_resumed_with_what_would_train_on_prompts_that_were_held_out(own_files):
+    refused = own_files.refused["eval"]
+    assert refused.status == 2
+    assert "EVAL_PROMPTS" in refused.stderr
+
+
+def test_own_prompts_are_shuffled_and_a_tenth_is_held_out(own_files):
+    report, samples = read_report(own_files.calm), read_samples(own_files.calm)
+    trained_on, held_out = (
+        [*report["base"][part]["first_sample"]] for part in ("train_prompts", "eval_prompts")
+    )
+    assert 2 <= len(held_out) <= 3  # of 21, if the one that is too long is among them
+    assert sorted([*trained_on, *held_out]) == sorted(LETTERS)
+    prompts, size = [sample["prompt"] for sample in samples], len(trained_on)
+    epochs = [prompts[:size], prompts[size : 2 * size]]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(trained_on)
+    assert epochs[0] != epochs[1]
+    assert set(prompts) == set(trained_on)
+
+
+def test_prompts_that_are_left_out_are_told(own_files):
+    (line,) = re.findall("^Prompts .*", own_files.calm_run.stdout, re.M)
+    assert re.fullmatch(r"Prompts   1\d to train on, [23] held out, 2 left out: .*", line)
+
+
+def test_a_graded_reward_with_an_answer_from_its_row(own_files):
+    report, metrics = read_report(own_files.calm), read_metrics(own_files.calm)
+    samples = read_samples(own_files.calm)
+    for sample in samples:
+        assert sample["score"] == sample["response"].count(LETTERS[sample["prompt"]])
+    scale = report["scale"]
+    assert scale["mean"] > 0 and scale["deviation"] > 0
+    assert scale["graded"] is True and scale["threshold"] is None
+    for record in metrics:
+        assert record["success_rate"] is None
+        scores = [sample["score"] for sample in samples if sample["step"] == record["step"]]
+        scaled = [math.asinh((each - scale["mean"]) / scale["deviation"]) for each in scores]
+        reward = sum(scaled) / len(scaled) - record["kl_coef"] * record["kl"]
+        assert record["reward"] == pytest.approx(reward, abs=1e-5)
+    for model in ("base", "trained"):
+        for part in report[model].values():
+            assert part["success_rate"] is None
+            assert part["score"] > 0 and part["standard_error"] > 0
+            assert 0 <= part["win_rate"] <= 1
+    trained = report["trained"]["train_prompts"]
+    assert 0 <= trained["kl_minimum"] < trained["kl"]
+
+
+def test_a_graded_reward_is_shown_by_its_score(own_files):
+    screen, report = own_files.calm_run.stdout, read_report(own_files.calm)
+    figures = f"{report['scale']['mean']:.3g} ± {report['scale']['deviation']:.3g}"
+    assert f"Scale     {figures}, as the base model's samples are, becomes 0 ± 1\n" in screen
+    assert "Scale  " not in own_files.resumed_run.stdout  # it is that of the checkpoint
+    assert re.search(r"^step 5/9, \d\d:\d\d left, score \+\d\.\d\d, KL \d\.\d\d$", screen, re.M)
+    for text in (screen, read_card(own_files.calm)):
+        assert re.search(r"^\| success_rate +\|( +- \|){4}$", text, re.M)
+        assert "Score: +" in text and "Success" not in text
+
+
 # ------------------------------------------------------------------------------------- other models
 def test_a_model_that_nobody_here_trained_learns_too(call_main, shared_model, tmp_path, capsys):
     flags = ["--device", "cpu", *LEARNING, "--eval-prompts"]
@@ -455,7 +641,8 @@ def test_two_steps_of_a_random_model_with_the_tokenizer_of_tinyllama(
     config = LlamaConfig.from_pretrained(source, **small, num_attention_heads=4, dtype="float32")
     assert config.vocab_size == 32000
     save_random_model(config, AutoTokenizer.from_pretrained(source), tmp_path / "random")
-    (tmp_path / "mine.py").write_text("def score(text):\n    return text.count('e') - 9\n")
+    reward = "def score(completions, **kwargs):\n    return [len(text) for text in completions]\n"
+    (tmp_path / "mine.py").write_text(reward)
     capsys.readouterr()
     flags = [*FAST, "--training-epochs", "2", "--batch-size", "6", "--eval-samples", "6"]
     assert call_main("--model-name", "random", "--reward", "mine.py:score", *flags) == 0
@@ -464,7 +651,7 @@ def test_two_steps_of_a_random_model_with_the_tokenizer_of_tinyllama(
     first, second = read_metrics(tmp_path / "trained_model")
     assert first["kl"] == pytest.approx(0, abs=1e-5)
     assert second["kl"] > 1e-3
-    assert "nothing to learn from" in output
+    assert "Scale     " in output
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "trained_model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained_model")
     assert model.config.vocab_size == 32000
@@ -493,8 +680,9 @@ def test_a_finished_run_can_go_on(call_main, demo_model, tmp_path, monkeypatch, 
     metrics, model = read_metrics(folder), digest(folder / "model.safetensors")
 
     for watched in (False, True):  # with nothing left to do, there is no progress to show
-        monkeypatch.setattr(train_rlhf, "is_terminal", lambda watched=watched: watched)
         capsys.readouterr()
+        for stream in (sys.stdout, sys.stderr):
+            monkeypatch.setattr(stream, "isatty", lambda watched=watched: watched)
         assert call_main(*flags, "--resume") == 0
         output, errors = capsys.readouterr()
         assert "going on after step 3" in output
@@ -506,6 +694,18 @@ def test_a_finished_run_can_go_on(call_main, demo_model, tmp_path, monkeypatch, 
     assert read_metrics(folder)[:3] == metrics
     assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3, 4, 5]
     assert digest(folder / "model.safetensors") != model
+
+
+def test_samples_that_end_in_half_a_character_do_not_hinder_a_run_to_go_on(
+    call_main, demo_model, tmp_path
+):
+    flags = ["--model-name", demo_model, *SHORT]
+    assert call_main(*flags) == 0
+    samples = tmp_path / "trained_model" / "samples.jsonl"
+    whole = samples.read_bytes()
+    samples.write_bytes(whole + '{"step": 4, "prompt": "The café'.encode()[:-1])  # as a kill may
+    assert call_main(*flags, "--resume") == 0
+    assert samples.read_bytes() == whole
 
 
 def test_a_console_that_lacks_a_character_stops_no_run(
@@ -523,24 +723,35 @@ def test_a_console_that_lacks_a_character_stops_no_run(
 REWARD = """
 import pathlib
 
-def score(text):
-    calls = pathlib.Path("calls")
+def score(prompts, completions, **kwargs):
+    scores, calls = [len(text) / 10 for text in completions], pathlib.Path("calls")
     calls.write_text(calls.read_text() + "." if calls.exists() else ".")
-    if calls.stat().st_size == {last}:
+    if calls.stat().st_size >= int(pathlib.Path("last").read_text()):
         {end}
-    return len(text) / 10
+    return scores
 """
-MINE = [*SHORT, "--reward", "mine.py:score", "--score-prefixes", "false"]  # 5 calls a step, and 1
+REMEDY = "let f(prompts, completions, **kwargs) return a finite number for each completion"
+FAILURES = pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ("raise ValueError('enough')", "enough"),
+        ("scores[-1] = float('nan')", " has what is not finite or too large"),
+    ],
+    ids=["raises", "is not finite"],
+)
+# The first call is a try, the second measures the scale, and there is one in each step.
+MINE = [*SHORT, "--reward", "mine.py:score", "--scale-samples", "6"]
 
 
-def write_reward(folder, last, end="pass"):
-    (folder / "calls").unlink(missing_ok=True)
-    (folder / "mine.py").write_text(REWARD.format(last=last, end=end), encoding="utf-8")
+def write_reward(folder, last, end):
+    """Write a reward function that fails from its last call on."""
+    (folder / "mine.py").write_text(REWARD.format(end=end), encoding="utf-8")
+    (folder / "last").write_text(str(last))
 
 
-@pytest.mark.parametrize("end", ["raise ValueError('enough')", "return float('nan')"])
+@FAILURES
 def test_a_reward_that_fails_at_once_leaves_an_earlier_run_where_it_was(
-    call_main, demo_model, tmp_path, capsys, end
+    call_main, demo_model, tmp_path, capsys, end, reason
 ):
     folder = tmp_path / "trained_model"
     folder.mkdir()
@@ -550,61 +761,60 @@ def test_a_reward_that_fails_at_once_leaves_an_earlier_run_where_it_was(
     assert call_main("--model-name", demo_model, *MINE) == 2
     first, line = capsys.readouterr().err.splitlines()
     assert first == "Nothing was started or changed:"
-    reason = "enough" if "enough" in end else "nan is too large or not finite"
-    assert line.startswith(f"- REWARD is score: ValueError('{reason}') for ")
-    assert line.endswith(": let it return one finite number for one text")
+    assert line.startswith("- REWARD is score: ValueError(") and reason in line
+    assert line.endswith(f": {REMEDY}")
     assert digests(folder) == before
     assert not (tmp_path / "trained_model-1").exists()
 
 
-@pytest.mark.parametrize(
-    ("end", "reason"),
-    [
-        ("raise ValueError('enough')", "enough"),
-        ("return float('nan')", "nan is too large or not finite"),
-    ],
-)
+@FAILURES
 def test_a_reward_that_fails_in_the_first_step_is_told_with_its_reason(
     call_main, demo_model, tmp_path, capsys, end, reason
 ):
     write_reward(tmp_path, last=3, end=end)
     assert call_main("--model-name", demo_model, *MINE) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"\nStopped: REWARD is score: ValueError('{reason}') for ")
-    remedy = "let it return one finite number for one text"
-    assert err.endswith(f": {remedy}; there was nothing to save yet\n")
+    assert err.startswith("\nStopped: REWARD is score: ValueError(") and reason in err
+    assert err.endswith(f": {REMEDY}; there was nothing to save yet\n")
 
 
 def test_a_reward_that_fails_in_the_middle_costs_no_finished_step(
     call_main, demo_model, tmp_path, capsys
 ):
     flags = ["--model-name", demo_model, *MINE]
-    write_reward(tmp_path, last=13, end="raise ValueError('enough')")
+    write_reward(tmp_path, last=5, end="raise ValueError('enough')")
     assert call_main(*flags) == 1
     err = capsys.readouterr().err
     assert err.startswith("\nStopped: REWARD is score: ValueError('enough') for ")
     saved = "what was learned up to step 2 is saved. To go on, run the same line with --resume\n"
-    assert err.endswith(f": let it return one finite number for one text; {saved}")
-    metrics = read_metrics(tmp_path / "trained_model")
+    assert err.endswith(f": {REMEDY}; {saved}")
+    folder, undisturbed = tmp_path / "trained_model", tmp_path / "undisturbed"
+    metrics = read_metrics(folder)
     assert len(metrics) == 2
 
-    write_reward(tmp_path, last=-1)
+    (tmp_path / "last").write_text("1000")  # what made the function fail is mended
     assert call_main(*flags, "--resume") == 0
-    resumed = read_metrics(tmp_path / "trained_model")
-    assert resumed[:2] == metrics
-    assert call_main(*flags, "--output-dir", "undisturbed") == 0
-    assert without_seconds(resumed) == without_seconds(read_metrics(tmp_path / "undisturbed"))
+    assert read_metrics(folder)[:2] == metrics
+    assert call_main(*flags, "--output-dir", undisturbed) == 0
+    assert_ended_alike(folder, undisturbed)
 
 
-def test_a_run_that_blows_up_stops_before_it_saves_what_it_learned(
-    call_main, demo_model, tmp_path, capsys
+@pytest.mark.parametrize(("seed", "good"), [(1, 0), (0, 1)], ids=["at once", "after a good step"])
+def test_a_run_that_blows_up_keeps_the_checkpoint_from_before(
+    call_main, demo_model, tmp_path, capsys, seed, good
 ):
     flags = ["--learning-rate", "1e18", "--ppo-epochs", "2", "--save-every", "1"]
+    flags += ["--training-epochs", "4", "--seed", seed]
     assert call_main("--model-name", demo_model, *SHORT, *flags) == 1
     reason = "three steps in a row had updates that are not finite"
     remedy = "lower TARGET_APPROX_KL, or start anew with a lower LEARNING_RATE or DTYPE float32"
     saved = "there was nothing to save yet"
-    assert capsys.readouterr().err == f"\nStopped: {reason}: {remedy}; {saved}\n"
+    if good:
+        saved = "what was learned up to step 1 is saved. To go on, run the same line with --resume"
     folder = tmp_path / "trained_model"
-    assert all(record["skipped_updates"] for record in read_metrics(folder))
-    assert {path.name for path in folder.rglob("*")} == {"checkpoint", "lock", "metrics.jsonl"}
+    skipped = [bool(record["skipped_updates"]) for record in read_metrics(folder)]
+    assert skipped == [False] * good + [True] * 3
+    assert capsys.readouterr().err == f"\nStopped: {reason}: {remedy}; {saved}\n"
+    names = {path.name for path in folder.rglob("*")} - {"state.pt"}
+    assert names == {"checkpoint", "lock", "metrics.jsonl", "samples.jsonl"}
+    assert (folder / "checkpoint" / "state.pt").exists() == bool(good)
