@@ -64,10 +64,12 @@ VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
     ),
     "target falls as a straight line": (
         [],
-        "adapt, full = train_rlhf.adapt_learning_rate, train_rlhf.TARGET_APPROX_KL\n"
-        "def straight(rate, approx_kl, target):\n"
-        "    return adapt(rate, approx_kl, full * (target / full) ** (1 / 3))\n"
-        "train_rlhf.adapt_learning_rate = straight",
+        "set_rate = train_rlhf.set_learning_rate\n"
+        "def straight(optimizer, metrics, total_steps, settings):\n"  # of another total, cubed
+        "    left = 1 - len(metrics) / total_steps\n"
+        "    total = len(metrics) / (1 - left ** (1 / 3))\n"
+        "    set_rate(optimizer, metrics, total, settings)\n"
+        "train_rlhf.set_learning_rate = straight",
     ),
     "LAM 1": (["--lam", "1"], ""),
     "TARGET_APPROX_KL * 4": (["--target-approx-kl", "0.01"], ""),
