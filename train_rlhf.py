@@ -79,7 +79,7 @@ DTYPE = "auto"  # float32, bfloat16 or float16 weights; auto = float32 on a CPU,
 PROMPTS = [  # texts to continue; a .txt, .jsonl, .json, .csv or .parquet file stands for its rows
     "I feel so", "This makes me", "I am really", "Today I am", "Life is", "I'm feeling",
 ]  # fmt: skip
-EVAL_PROMPTS = [  # never trained on, but measured; as these stand, a tenth of a file; [] = off
+EVAL_PROMPTS = [  # never trained on, but measured; unless edited, a tenth of a file; [] = off
     "Right now I am", "My day was", "It makes me feel", "Tonight I feel", "Everything seems",
     "I woke up feeling",
 ]  # fmt: skip
@@ -120,7 +120,7 @@ MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0 = off
 SEED = 0  # the same seed on the same machine gives the same run
 EVAL_SAMPLES = 240  # responses in each of the four measurements at the end, spread over the prompts
 EVAL_BATCH_SIZE = 40  # responses generated at once there; less saves memory
-LOG_EVERY = 5  # steps between two samples on the screen, and two lines where it is no terminal
+LOG_EVERY = 5  # steps between two samples shown, and two lines of progress in a log file
 SAVE_EVERY = 10  # steps between two checkpoints; 0 = only where the run ends or is stopped
 RESUME = False  # go on from the checkpoint in OUTPUT_DIR
 REPORT_TO = "none"  # tensorboard = the metrics there too (pip install it); none = off
