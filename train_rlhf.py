@@ -512,14 +512,11 @@ def set_seed(seed, step=0):
 
 def make_record(step, texts, scores, stats, scale, rows):
     """Return the line of metrics.jsonl for a step; what is not finite becomes None, JSON's null."""
-    samples, scaled = (
-        step * len(texts),
-        on_scale(torch.tensor(scores).double(), scale).mean().item(),
-    )
+    scaled = on_scale(torch.tensor(scores).double(), scale).mean().item()
     record = {
         "step": step,
-        "samples": samples,
-        "epoch": samples / len(rows),
+        "samples": step * len(texts),
+        "epoch": step * len(texts) / len(rows),
         "success_rate": success_rate(scores, scale["threshold"]),
         "score": sum(scores) / len(scores),
         "reward": scaled - stats["kl_coef"] * stats["kl"],
@@ -954,12 +951,8 @@ RULES = [  # what a constant takes, within what, whether --resume may change it,
     ("list of texts", 0, False, "EVAL_PROMPTS"),
     ("switch", None, False, "SCORE_PREFIXES CHAT_TEMPLATE"),
     ("switch", None, True, "RESUME"),
-    (
-        "whole number",
-        (1, 10**6),
-        False,
-        "LORA_RANK LORA_ALPHA BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS",
-    ),
+    ("whole number", (1, 10**6), False, "LORA_RANK LORA_ALPHA"),
+    ("whole number", (1, 10**6), False, "BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS"),
     ("whole number", (1, 10**6), True, "EVAL_SAMPLES EVAL_BATCH_SIZE LOG_EVERY"),
     ("whole number", (0, 10**6), True, "MINI_BATCH_SIZE SAVE_EVERY"),
     ("whole number", (0, 10**6), False, "SCALE_SAMPLES"),
