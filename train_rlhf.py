@@ -17,6 +17,7 @@ import inspect
 import io
 import itertools
 import json
+import linecache
 import logging
 import math
 import os
@@ -1036,7 +1037,11 @@ def read_settings(argv, constants, rules, checks):
 def read_flags(argv, constants, rules):
     """Return {constant: value} of the flags in argv, and a list of problems; --help ends here."""
     if "--help" in argv or "-h" in argv:
-        print(explain_flags(constants))
+        source = "".join(linecache.getlines(constants.get("__file__", "")))  # none in a notebook
+        block = "".join(re.findall("^# --- .+?(?=^# -----)", source, re.M | re.S))
+        flags = re.sub("^[A-Z_]+", lambda name: flag_of(name[0]), block, flags=re.M)
+        print(f"usage: {Path(sys.argv[0]).name} [--flag VALUE …]", end="    ")
+        print(f"(for this run, in place of a constant)\n\n{flags.replace('  # fmt: skip', '')}")
         sys.exit(0)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     kinds = {name: kind for kind, _, _, names in rules for name in names.split()}
@@ -1057,18 +1062,6 @@ def read_flags(argv, constants, rules):
         hint = f"did you mean {' or '.join(meant)}?" if meant else "--help lists all"
         problems.append(f"{shorten(text)} is no flag, and follows none: {hint}")
     return given, problems
-
-
-def explain_flags(constants):
-    """Return the text of --help: the constants as they stand in the script, by their flags."""
-    source = ""
-    if os.path.isfile(constants.get("__file__", "")):  # there is none in a cell of a notebook
-        source = Path(constants["__file__"]).read_text(encoding="utf-8")
-    start = re.search(r"^# --- |^[A-Z_]+ *[:=]|\Z", source, re.M).start()
-    block = source[start : source.find("\n# -----", start)].replace("  # fmt: skip", "")
-    flags = re.sub("^[A-Z_]+", lambda name: flag_of(name[0]), block, flags=re.M)
-    script = Path(sys.argv[0]).name
-    return f"usage: {script} [--flag VALUE …]    (for this run, in place of a constant)\n\n{flags}"
 
 
 def flag_of(name):
