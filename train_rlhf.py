@@ -1047,21 +1047,18 @@ def read_flags(argv, constants, rules):
     kinds = {name: kind for kind, _, _, names in rules for name in names.split()}
     flags = [flag_of(name) for name in kinds]
     for name, flag in zip(kinds, flags):
-        parser.add_argument(flag, dest=name, nargs="*", default=argparse.SUPPRESS)
+        count = "*" if kinds[name] == "list of texts" else "?"
+        alone = True if kinds[name] == "switch" else None
+        parser.add_argument(flag, dest=name, nargs=count, const=alone, default=argparse.SUPPRESS)
     switches = "|".join(flag_of(name)[2:] for name in kinds if kinds[name] == "switch")
     argv = [re.sub(rf"^--no-({switches})$", r"--\1=false", argument) for argument in argv]
-    known, unknown = parser.parse_known_args(argv)
-    given, problems = vars(known), []
-    for name, values in given.items():
-        if kinds[name] == "switch" and not values:
-            given[name] = True
-        elif kinds[name] != "list of texts" and len(values) == 1:
-            given[name] = values[0]
+    given, unknown = parser.parse_known_args(argv)
+    problems = []
     for text in unknown:
         meant = difflib.get_close_matches(text.partition("=")[0], flags, n=2)
         hint = f"did you mean {' or '.join(meant)}?" if meant else "--help lists all"
         problems.append(f"{shorten(text)} is no flag, and follows none: {hint}")
-    return given, problems
+    return vars(given), problems
 
 
 def flag_of(name):
