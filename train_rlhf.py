@@ -989,12 +989,11 @@ def convert(value, kind, allowed):
         return text
     if "auto" in kind and value == "auto":
         return value
-    number = float(value)
-    if isinstance(value, bool) or not allowed[0] <= number <= allowed[1]:
+    number, whole = float(value), kind == "whole number"
+    outside = isinstance(value, bool) or not allowed[0] <= number <= allowed[1]
+    if outside or (whole and number % 1):
         raise ValueError
-    if kind == "whole number" and number != int(number):
-        raise ValueError
-    return int(number) if kind == "whole number" else number
+    return int(number) if whole else number
 
 
 def describe(kind, allowed):
@@ -1009,9 +1008,8 @@ def describe(kind, allowed):
 def read_settings(argv, constants, rules, checks):
     """Return a script's constants, overridden by the flags in argv, as a namespace.
 
-    constants: the script's global names. rules: as RULES. checks: functions whose arguments are
-    settings; one that uses a setting that is wrong by itself is left out.
-    Raises SettingsError with all problems at once.
+    Raises SettingsError with all problems at once. checks: functions whose arguments are settings;
+    one that uses a setting that is wrong by itself is left out.
     """
     given, problems = read_flags(argv, constants, rules)
     settings = {}
