@@ -1084,13 +1084,6 @@ def check_installed(device, dtype, report_to):
         raise SettingsError(f"REPORT_TO is {report_to}: give none, or pip install {report_to}")
 
 
-def check_model(model_name):
-    """Refuse a path that leads to no folder."""
-    if os.path.isfile(model_name) or (model_name[0] in "/.~" and not os.path.isdir(model_name)):
-        problem = f"MODEL_NAME is {shorten(model_name)}: there is no such folder"
-        raise SettingsError(f"{problem}: name one, or a model on the Hub")
-
-
 def check_output(model_name, output_dir):
     """Refuse an output folder that can't be written, or where that would harm something."""
     output, problem = Path(output_dir).absolute(), ""
@@ -1112,7 +1105,7 @@ def check_output(model_name, output_dir):
         raise SettingsError(f"OUTPUT_DIR is {shorten(output_dir)}: {problem}: name another folder")
 
 
-CHECKS = (read_prompts, check_batches, check_installed, check_model, check_output)
+CHECKS = (read_prompts, check_batches, check_installed, check_output)
 
 
 # -------------------------------------------------------------------------------------- the models

@@ -147,14 +147,6 @@ OR_AUTO = "give a number, or auto, from -1000000000000000 to 1000000000000000"
         row("DTYPE is float16: give float32 or bfloat16 on a CPU", "--dtype", "float16", "--device", "auto"),
         row("DEVICE is cuda: give cpu, since PyTorch sees no GPU", "--device", "cuda"),
         # places
-        row("MODEL_NAME is ./no_such_model: there is no such folder: name one, or a model on the Hub",
-            "--model-name", "./no_such_model"),
-        row("MODEL_NAME is /no/such/model: there is no such folder: name one, or a model on the Hub",
-            "--model-name", "/no/such/model"),
-        row("MODEL_NAME is ~/no_such_model: there is no such folder: name one, or a model on the Hub",
-            "--model-name", "~/no_such_model"),
-        row("MODEL_NAME is trained_model/report.json: there is no such folder: name one, or a model on the Hub",
-            "--model-name", "trained_model/report.json", "--output-dir", "new"),
         row("RESUME is True: it can't be loaded (there is no checkpoint in trained_model): start without it",
             "--resume"),
         row("RESUME is True: it can't be loaded (there is no checkpoint in new): start without it",
@@ -399,6 +391,15 @@ def test_a_reward_that_names_neither_a_function_nor_a_classifier(refused, demo_m
     (line,) = refused("--model-name", demo_model, "--reward", name)
     assert line.startswith(f"- REWARD is {train_rlhf.shorten(name)}: ")
     assert line.endswith(f": {remedy}")
+
+
+@pytest.mark.parametrize(
+    "name", ["./no_such_model", "/no/such/model", "~/no_such_model", "trained_model/report.json"]
+)
+def test_a_model_that_is_not_there(refused, name):
+    (line,) = refused("--model-name", name, "--output-dir", "new")
+    assert line.startswith(f"- MODEL_NAME is {name}: there is no such folder, ")
+    assert line.endswith("; offline there is demo_model")
 
 
 @pytest.mark.parametrize("name", ["my_reward", "./my_reward", "trained_model:score"])
