@@ -26,7 +26,6 @@ import runpy
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -871,12 +870,11 @@ def read_table(path):
     if form in ("csv", "parquet"):
         options = {"encoding": "utf-8-sig", "keep_default_na": False} if form == "csv" else {}
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # for which it would use the network
-        with tempfile.TemporaryDirectory() as cache:
-            options |= {"split": "train", "cache_dir": cache, "keep_in_memory": True}
-            table = datasets.load_dataset(form, data_files=glob.escape(path), **options)
-        if "__index_level_0__" in table.column_names:  # what pandas makes of unquoted commas
+        options |= {"split": "train", "streaming": True}  # or a copy would stay in the cache
+        rows = list(datasets.load_dataset(form, data_files=glob.escape(path), **options))
+        if any("__index_level_0__" in row for row in rows):  # what pandas makes of unquoted commas
             raise ValueError("its rows have more fields than its first line")
-        return table.to_list()
+        return rows
     if not form:
         raise ValueError("it is a file of another kind")
     text = Path(path).read_text(encoding="utf-8-sig").strip()
