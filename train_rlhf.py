@@ -573,8 +573,7 @@ def measure_scale(policy, tokenizer, reward, rows, settings):
     if len(scores.unique()) <= 2:
         return AS_IT_IS | {"threshold": (scores.min() + scores.max()).item() / 2}
     mean, deviation = scores.mean().item(), scores.std().item()
-    words = f"{mean:.3g} ± {deviation:.3g}, as the base model's samples are, becomes 0 ± 1"
-    print(f"Scale     {words}\n", flush=True)
+    print(f"Scale     the base model's {mean:.3g} ± {deviation:.3g} becomes 0 ± 1\n", flush=True)
     return AS_IT_IS | {"mean": mean, "deviation": deviation, "graded": True}
 
 
@@ -589,32 +588,23 @@ def on_scale(scores, scale):
 
 
 def make_report(trainer, tokenizer, reward, scale, rows, eval_rows, settings, metrics):
-    """Measure base and trained model alike, on the prompts of the training and on those held out.
-
-    Returns the content of report.json, and the base model's scores on the former.
-    """
+    """Return the content of report.json, and the base model's scores on the training's prompts."""
     print(f"\nMeasuring before and after, {settings.eval_samples} samples each time", flush=True)
     base, trained, base_scores = {}, {}, {}
     for part, asked in (("train_prompts", rows), ("eval_prompts", eval_rows)):
-        if not asked:
-            continue
-        measured = trainer, tokenizer, reward, scale, asked, settings
-        set_seed(settings.seed)
-        with trainer.optional_peft_ctx():
-            base[part], base_scores[part] = measure(*measured)
-        set_seed(settings.seed)  # the same random numbers before and after
-        trained[part], scores = measure(*measured)
-        wins = (torch.sign(scores - base_scores[part]) + 1) / 2  # for a prompt; a tie counts half
-        minimum = kl_minimum(trained[part]["score"], base_scores[part])
-        base[part] |= {"win_rate": 0.5, "kl_minimum": 0.0}
-        trained[part] |= {"win_rate": wins.mean().item(), "kl_minimum": minimum}
+        if asked:
+            measured = trainer, tokenizer, reward, scale, asked, settings
+            with trainer.optional_peft_ctx():
+                base[part], base_scores[part] = measure(*measured)
+            trained[part], scores = measure(*measured)
+            wins = (torch.sign(scores - base_scores[part]) + 1) / 2  # for a prompt; a tie is a half
+            minimum = kl_minimum(trained[part]["score"], base_scores[part])
+            base[part] |= {"win_rate": 0.5, "kl_minimum": 0.0}
+            trained[part] |= {"win_rate": wins.mean().item(), "kl_minimum": minimum}
     before, after = base["train_prompts"], trained["train_prompts"]
     rise = after["score"] - before["score"]
-    errors = (
-        before["standard_error"],
-        after["standard_error"],
-        rise / math.sqrt(2 * before["samples"]),
-    )
+    least_error = rise / math.sqrt(2 * before["samples"])  # a few samples may have no spread
+    error = math.hypot(before["standard_error"], after["standard_error"], least_error)
     libraries = ("torch", "transformers", "trl", "peft", "accelerate")
     device, backbone = trainer.accelerator.device.type, trainer.model.pretrained_model
     report = {
@@ -624,7 +614,7 @@ def make_report(trainer, tokenizer, reward, scale, rows, eval_rows, settings, me
         "dtype": str(backbone.get_input_embeddings().weight.dtype)[len("torch.") :],
         "scale": scale,
         "chat": settings.chat_template or not isinstance(rows[0]["prompt"], str),
-        "learned": rise > 3 * math.hypot(*errors),  # beyond chance, were all samples of one model
+        "learned": rise > 3 * error,  # beyond chance
         "close_to_base": after["kl"] <= settings.max_new_tokens,  # a nat per token
         "base": base,
         "trained": trained,
@@ -638,6 +628,7 @@ def make_report(trainer, tokenizer, reward, scale, rows, eval_rows, settings, me
 
 def measure(trainer, tokenizer, reward, scale, rows, settings):
     """Return the figures of the model as it is on EVAL_SAMPLES fresh responses, and their scores."""
+    set_seed(settings.seed)  # the same random numbers before and after
     texts, scores, kls, ref_logprobs, tokens, first_sample = [], [], [], [], 0, {}
     batches = sample(trainer.model, tokenizer, rows, settings.eval_samples, settings)
     for batch, queries, responses, said in batches:
