@@ -775,8 +775,8 @@ def load_classifier(settings, device):
     others = [index for index in range(len(labels)) if labels[index] != label]
     mean, deviation = (getattr(model.config, key, None) for key in ("score_mean", "score_std"))
     context = getattr(model.config, "max_position_embeddings", None) or 10**6
-    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-    options["max_length"] = min(tokenizer.model_max_length, context)
+    options = {"padding": True, "truncation": True, "return_token_type_ids": False}
+    options |= {"max_length": min(tokenizer.model_max_length, context), "return_tensors": "pt"}
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"  # the response is the end
 
     @torch.no_grad()
@@ -785,9 +785,7 @@ def load_classifier(settings, device):
         scores = []
         for start in range(0, len(texts), settings.eval_batch_size):
             some = texts[start : start + settings.eval_batch_size]
-            inputs = tokenizer(some, **options).to(device)
-            mask = inputs["attention_mask"]
-            logits = model(input_ids=inputs["input_ids"], attention_mask=mask).logits
+            logits = model(**tokenizer(some, **options).to(device)).logits
             score = logits[:, 0]
             if len(labels) > 1:  # log-odds
                 score = logits[:, labels.index(label)] - logits[:, others].logsumexp(1)
