@@ -690,19 +690,14 @@ def kl_minimum(score, base_scores):
 
 # ------------------------------------------------------------------------------------- the rewards
 def load_reward(settings, rows, device):
-    """Return the function from rows and texts to scores, tried on two texts, and its scale or None.
-
-    A function of the user is called as TRL's GRPOTrainer calls one: prompts as they stand in the
-    rows, completions as texts, or as conversations where the prompts are, the rows' other fields.
-    """
+    """Return the function from rows and texts to scores, tried on two texts, and its scale or None."""
     name, scale, of_texts = settings.reward, None, False
-    own = [each for each in (REWARD, globals().get(name)) if inspect.isfunction(each)]
-    own = [each for each in own if each.__name__ == name]  # of the script, or a notebook
+    functions = {each.__name__: each for each in globals().values() if inspect.isfunction(each)}
     if name == "positive_word_reward":
         function = partial(positive_word_reward, positive_words=settings.positive_words)
         scale, of_texts = AS_IT_IS | {"threshold": 0.0}, True
-    elif own:
-        function = own[0]
+    elif name in functions:  # of the script, or a notebook
+        function = functions[name]
     elif ".py" in name:
         with blame("REWARD", name, "give FILE.py:FUNCTION"):
             path, _, function_name = name.rpartition(":")
@@ -729,7 +724,11 @@ def load_reward(settings, rows, device):
 
 
 def call_reward(function, rows, texts):
-    """Return the scores of texts, responses to the prompts of the rows, as floats."""
+    """Return the scores of texts, responses to the prompts of the rows, as floats.
+
+    A function is called as TRL's GRPOTrainer calls one: prompts as they stand in the rows,
+    completions as texts, or as conversations where the prompts are, and the rows' other fields.
+    """
     arguments = {name: [row[name] for row in rows] for name in rows[0]}
     prompts, completions = arguments.pop("prompt"), []
     for prompt, text in zip(prompts, texts):

@@ -380,9 +380,8 @@ def test_every_constant_is_read_by_the_code(source):
         if loaded and isinstance(node, ast.Name):
             bypassed.add(node.id)
     assert [name for name in NAMES if name.lower() not in read] == []
-    # A function that others may call alone has the words of the file as its default, and a reward
-    # that was set as a function has no other place.
-    assert set(NAMES) & bypassed == {"POSITIVE_WORDS", "REWARD"}
+    # A function that others may call alone has the words of the file as its default.
+    assert set(NAMES) & bypassed == {"POSITIVE_WORDS"}
 
 
 def test_the_defaults_follow_their_own_rules(folder, read_settings):
