@@ -1072,23 +1072,18 @@ def check_installed(device, dtype, report_to):
 
 def check_output(model_name, output_dir):
     """Refuse an output folder that can't be written, or where that would harm something."""
-    output, problem = Path(output_dir).absolute(), ""
-    try:
-        place = output.resolve()
+    with blame("OUTPUT_DIR", output_dir, "name another folder"):
+        output = Path(output_dir).absolute()
         existing = next(path for path in (output, *output.parents) if path.exists())
         names = {path.name for path in output.iterdir()} if existing == output else set()
         if output_dir.startswith("~"):
-            problem = "~ is no folder here"
-        elif not existing.is_dir() or not os.access(existing, os.W_OK):
-            problem = f"{existing} can't be written"
-        elif names and names.isdisjoint({"metrics.jsonl", "report.json", "checkpoint"}):
-            problem = "it holds files that are not a run's"
-        elif any(Path(path).resolve().is_relative_to(place) for path in (".", model_name)):
-            problem = "the current folder or the model is in it"
-    except (OSError, RuntimeError) as error:  # the latter where links lead in a circle
-        problem = f"it can't be written ({getattr(error, 'strerror', error)})"
-    if problem:
-        raise SettingsError(f"OUTPUT_DIR is {shorten(output_dir)}: {problem}: name another folder")
+            raise ValueError("~ is no folder here")
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ValueError(f"{existing} can't be written")
+        if names and names.isdisjoint({"metrics.jsonl", "report.json", "checkpoint"}):
+            raise ValueError("it holds files that are not a run's")
+        if any(Path(path).resolve().is_relative_to(output.resolve()) for path in (".", model_name)):
+            raise ValueError("the current folder or the model is in it")
 
 
 CHECKS = (read_prompts, check_batches, check_installed, check_output)
@@ -1104,7 +1099,7 @@ def blame(name, value, remedy):
         if isinstance(error, SettingsError) or lacks_memory(error):
             raise
         reason = shorten(error if " " in str(error) else repr(error), 200).rstrip(".")
-        problem = f"{name} is {shorten(value)}: it can't be loaded ({reason}): {remedy}"
+        problem = f"{name} is {shorten(value)}: it can't be used ({reason}): {remedy}"
         raise SettingsError(problem) from error
 
 

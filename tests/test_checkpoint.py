@@ -276,7 +276,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_an_error_before_anything_is_changed
     flags = ["--batch-size", 4, "--max-new-tokens", 8, "--eval-samples", 12, "--device", "cpu"]
     flags += ["--model-name", settings.model_name, "--output-dir", output, *EPOCHS, "--resume"]
     assert call_main(*flags) == 2
-    line = f"- RESUME is True: it can't be loaded (KeyError('{lost}')): start without it"
+    line = f"- RESUME is True: it can't be used (KeyError('{lost}')): start without it"
     assert capsys.readouterr().err == f"Nothing was started or changed:\n{line}\n"
     assert contents() == before
 
@@ -300,7 +300,7 @@ def test_a_broken_checkpoint_is_an_error_with_a_message(saved, resume, monkeypat
     with pytest.raises(train_rlhf.SettingsError) as error:
         resume()
     (problem,) = error.value.args
-    assert problem.startswith("RESUME is True: it can't be loaded (")
+    assert problem.startswith("RESUME is True: it can't be used (")
     assert problem.endswith("): start without it")
     assert not train_rlhf.harmed
 

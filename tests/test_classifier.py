@@ -192,14 +192,14 @@ def test_a_label_that_the_classifier_lacks(refused, save_classifier, demo_model)
 
 def test_a_language_model_as_reward(refused, demo_model):
     line = refused("--model-name", demo_model, "--reward", demo_model)
-    assert line.startswith(f"- REWARD is {train_rlhf.shorten(demo_model)}: it can't be loaded (")
+    assert line.startswith(f"- REWARD is {train_rlhf.shorten(demo_model)}: it can't be used (")
     remedy = "name a sequence classifier, or give positive_word_reward or FILE.py:FUNCTION"
     assert line.endswith(f"(it is a LlamaForCausalLM): {remedy}")
 
 
 def test_a_classifier_as_the_model(refused, classifier):
     line = refused("--model-name", classifier)
-    assert line.startswith(f"- MODEL_NAME is {train_rlhf.shorten(classifier)}: it can't be loaded")
+    assert line.startswith(f"- MODEL_NAME is {train_rlhf.shorten(classifier)}: it can't be used")
     remedy = "name a causal language model with config.json, *.safetensors and a tokenizer"
     assert line.endswith(f"(it is a LlamaForSequenceClassification): {remedy}")
 

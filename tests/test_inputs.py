@@ -147,9 +147,9 @@ OR_AUTO = "give a number, or auto, from -1000000000000000 to 1000000000000000"
         row("DTYPE is float16: give float32 or bfloat16 on a CPU", "--dtype", "float16", "--device", "auto"),
         row("DEVICE is cuda: give cpu, since PyTorch sees no GPU", "--device", "cuda"),
         # places
-        row("RESUME is True: it can't be loaded (there is no checkpoint in trained_model): start without it",
+        row("RESUME is True: it can't be used (there is no checkpoint in trained_model): start without it",
             "--resume"),
-        row("RESUME is True: it can't be loaded (there is no checkpoint in new): start without it",
+        row("RESUME is True: it can't be used (there is no checkpoint in new): start without it",
             "--resume", "--output-dir", "new"),
     ],
 )  # fmt: skip
@@ -235,7 +235,7 @@ def test_a_model_without_a_chat_template(refused, demo_model, tmp_path, prompts)
     (tmp_path / "p.jsonl").write_text(json.dumps({"messages": turns}))
     flags = ["--chat-template"] if prompts == "texts" else ["--prompts", "p.jsonl"]
     (line,) = refused("--model-name", demo_model, *flags)
-    assert line.startswith(f"- CHAT_TEMPLATE is {prompts == 'texts'}: it can't be loaded (")
+    assert line.startswith(f"- CHAT_TEMPLATE is {prompts == 'texts'}: it can't be used (")
     remedy = "name a model with a chat template that takes these prompts, or give texts and False"
     assert line.endswith(f"): {remedy}")
 
@@ -254,7 +254,7 @@ def test_a_model_without_a_chat_template(refused, demo_model, tmp_path, prompts)
 def test_a_layer_that_cannot_be_adapted(refused, demo_model, targets):
     short = ("--training-epochs", "0.001", "--eval-samples", "1")  # were it not refused
     (line,) = refused("--model-name", demo_model, "--lora-targets", *targets, *short)
-    assert line.startswith(f"- LORA_TARGETS is {targets}: it can't be loaded (")
+    assert line.startswith(f"- LORA_TARGETS is {targets}: it can't be used (")
     assert line.endswith("): name linear layers of this model, or all-linear")
     assert len(line) < 400
 
@@ -336,7 +336,7 @@ def test_a_model_that_cannot_be_loaded(refused, copy_of_demo_model, spoil, reaso
     spoil(copy_of_demo_model)
     remedy = "name a causal language model with config.json, *.safetensors and a tokenizer"
     (line,) = refused("--model-name", "copy")
-    start, end = "- MODEL_NAME is copy: it can't be loaded (", f"): {remedy}"
+    start, end = "- MODEL_NAME is copy: it can't be used (", f"): {remedy}"
     assert line.startswith(start) and line.endswith(end)
     told = line.removeprefix(start).removesuffix(end)
     assert 0 < len(told) <= 200
@@ -349,7 +349,7 @@ def test_code_in_a_model_folder_is_never_run(refused, copy_of_demo_model, tmp_pa
     (copy_of_demo_model / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers may ask
     (line,) = refused("--model-name", "copy")
-    assert line.startswith("- MODEL_NAME is copy: it can't be loaded (")
+    assert line.startswith("- MODEL_NAME is copy: it can't be used (")
     assert not (tmp_path / "ran").exists()
 
 
@@ -373,7 +373,7 @@ def test_a_reward_that_cannot_be_loaded(refused, demo_model, tmp_path, text, rea
     if text is not None:
         (tmp_path / "my.py").write_text(text)
     (line,) = refused("--model-name", demo_model, "--reward", "my.py:score")
-    assert line.startswith(f"- REWARD is my.py:score: it can't be loaded ({reason}")
+    assert line.startswith(f"- REWARD is my.py:score: it can't be used ({reason}")
     assert line.endswith("): give FILE.py:FUNCTION")
 
 
@@ -425,7 +425,7 @@ def test_a_model_of_the_other_kind(
     AutoTokenizer.from_pretrained(copy_of_demo_model).save_pretrained(tmp_path / "judge")
     setting = {"--reward": "REWARD", "--model-name": "MODEL_NAME"}[flag]
     (line,) = refused("--model-name", "copy", flag, name)
-    start = f"- {setting} is {name}: it can't be loaded (it is a {found}): {remedy}"
+    start = f"- {setting} is {name}: it can't be used (it is a {found}): {remedy}"
     assert line.startswith(start)
 
 
@@ -466,10 +466,10 @@ def test_a_reward_that_returns_another_count_is_told_so(refused, demo_model, tmp
 @pytest.mark.parametrize(
     ("output", "problem"),
     [
-        ("file", "it can't be written (Not a directory)"),
+        ("file", "[Errno 20] Not a directory: '{folder}/file'"),
         ("file/below", "{folder}/file can't be written"),
         ("/proc/1/below/trained_model", "/proc/1 can't be written"),
-        ("a" * 300, "it can't be written (File name too long)"),
+        ("a" * 300, "[Errno 36] File name too long: '{folder}/{output}'"),
         ("photos", "it holds files that are not a run's"),
         ("~/run", "~ is no folder here"),
         ("earlier", "the current folder or the model is in it"),
@@ -478,7 +478,7 @@ def test_a_reward_that_returns_another_count_is_told_so(refused, demo_model, tmp
         ("copy", "the current folder or the model is in it"),
         ("copy/../copy", "the current folder or the model is in it"),
         ("link", "the current folder or the model is in it"),
-        ("odd", "Is a directory"),  # its lock is one
+        ("odd", None),  # its lock is a folder, which is found where it is claimed
     ],
 )
 def test_an_output_that_cannot_be_used(
@@ -500,9 +500,12 @@ def test_an_output_that_cannot_be_used(
         output = ".."
     elif not output.startswith("."):
         model = "copy"
-    shown, problem = train_rlhf.shorten(output), problem.format(folder=tmp_path)
+    told = "Is a directory"
+    if problem:
+        reason = train_rlhf.shorten(problem.format(folder=tmp_path, output=output), 200)
+        told = f"it can't be used ({reason})"
     assert refused("--model-name", model, "--output-dir", output) == [
-        f"- OUTPUT_DIR is {shown}: {problem}: name another folder"
+        f"- OUTPUT_DIR is {train_rlhf.shorten(output)}: {told}: name another folder"
     ]
 
 
@@ -532,8 +535,8 @@ def test_an_output_that_leads_to_itself(refused, tmp_path, flags):
 
 def test_a_name_too_long_for_an_output_to_resume(refused):
     lines = refused("--output-dir", "a" * 300, "--resume")
-    problem = "it can't be written (File name too long): name another folder"
-    assert f"- OUTPUT_DIR is {'a' * 79}…: {problem}" in lines
+    problem = "it can't be used ([Errno 36] File name too long: "
+    assert any(line.startswith(f"- OUTPUT_DIR is {'a' * 79}…: {problem}") for line in lines)
 
 
 @pytest.mark.parametrize("name", ["PROMPTS", "POSITIVE_WORDS", "OUTPUT_DIR", "MODEL_NAME", "SEED"])
@@ -623,7 +626,7 @@ class RunsCode:
 )
 def test_a_checkpoint_that_is_broken(refused_resume, spoiled):
     (line,) = refused_resume(**spoiled)
-    assert line.startswith("- RESUME is True: it can't be loaded (")
+    assert line.startswith("- RESUME is True: it can't be used (")
     assert line.endswith("): start without it")
     assert len(line) < 300
 

@@ -120,7 +120,7 @@ def check_killed(start_run, output, undisturbed):
         files = list_files(output.parent)
         refused = start_run(output, "--resume")
         assert refused.status == 2
-        assert "RESUME is True: it can't be loaded (there is no checkpoint in" in refused.stderr
+        assert "RESUME is True: it can't be used (there is no checkpoint in" in refused.stderr
         assert list_files(output.parent) == files
     model = output / "model.safetensors"
     if model.exists():

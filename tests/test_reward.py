@@ -473,7 +473,7 @@ def test_a_file_that_has_no_reward_is_told_before_anything_is_moved_or_loaded(
     refused, code, complaint
 ):
     told = refused(code)
-    assert told.startswith("- REWARD is mine.py:kindness: it can't be loaded (")
+    assert told.startswith("- REWARD is mine.py:kindness: it can't be used (")
     assert complaint in told
     assert told.endswith("): give FILE.py:FUNCTION")
 
