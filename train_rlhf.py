@@ -830,25 +830,20 @@ def is_file(entry):
 def read_rows(name, entries, prompt_field):
     """Return the rows that the entries of a setting stand for: those of a file, one for a text."""
     rows = []
+    remedy = f"give a {', '.join(FORMATS)} file with a prompt a row, in UTF-8"
     for entry in entries:
         if not is_file(entry):
             rows.append({"prompt": entry})
             continue
-        number, before = 0, len(rows)
-        try:
-            for row in read_table(entry):
-                number += 1
+        with blame(name, entry, remedy):
+            found = []
+            for number, row in enumerate(read_table(entry), start=1):
                 field = "prompt" if isinstance(row, str) else prompt_field
                 row = {"prompt": row} if isinstance(row, str) else row
-                rows.append(row | {"prompt": prompt_of(row, field)})
-            if not any(row["prompt"] for row in rows[before:]):
-                number = 0
+                found.append(row | {"prompt": prompt_of(row, field, number)})
+            if not any(row["prompt"] for row in found):
                 raise ValueError("it has no prompts")
-        except Exception as error:
-            where = f"{shorten(entry)}, row {number}," if number else shorten(entry)
-            reason = shorten(getattr(error, "strerror", None) or error.__cause__ or error, 200)
-            remedy = f"give a {', '.join(FORMATS)} file with a prompt a row, in UTF-8"
-            raise SettingsError(f"{name}: {where} can't be read ({reason}): {remedy}") from error
+            rows += found
     return rows
 
 
@@ -872,12 +867,13 @@ def read_table(path):
     return rows
 
 
-def prompt_of(row, prompt_field):
+def prompt_of(row, prompt_field, number):
     """Return the prompt of a row of a file: a text, which may be empty, or a list of messages."""
     names = ["prompt", "messages", "text", "instruction", "question"]
     names = [name for name in names if name in row] if prompt_field == "auto" else [prompt_field]
     if not names or names[0] not in row:
-        raise ValueError(f"PROMPT_FIELD is {prompt_field}, and its fields are {', '.join(row)}")
+        fields = f"PROMPT_FIELD is {prompt_field}, and its fields are {', '.join(row)}"
+        raise ValueError(f"row {number}: {fields}")
     prompt = row[names[0]]
     if isinstance(prompt, str) and not prompt.strip():
         return ""
@@ -888,7 +884,7 @@ def prompt_of(row, prompt_field):
             prompt = prompt[:-1]  # which is for the policy to say
         convert(last_said(prompt), "text", ())
         return prompt
-    raise ValueError(f"its {names[0]} is {shorten(row[names[0]])}, no text")
+    raise ValueError(f"row {number}: its {names[0]} is {shorten(row[names[0]])}, no text")
 
 
 def last_said(prompt):

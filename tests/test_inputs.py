@@ -175,7 +175,7 @@ def test_all_problems_are_reported_at_once(refused):
         "- DEVICE is cuda: give cpu, since PyTorch sees no GPU",
         "- GAMMA is 2: give a number from 0 to 1",
         "- LEARNING_RATE is abc: give a number from 1e-30 to 1e+30",
-        "- PROMPTS: x.txt",
+        "- PROMPTS is x.txt: it",
         "- red is no flag, and follows none: --help lists all",
     ]
 
@@ -602,7 +602,7 @@ def test_what_differs_is_named_before_the_number_of_steps_and_not_beside_other_p
 
 def test_a_prompt_file_that_is_missing_is_the_only_problem_of_a_resume(refused_resume):
     (line,) = refused_resume("--prompts", "none.txt")
-    assert line.startswith("- PROMPTS: none.txt can't be read (")
+    assert line.startswith("- PROMPTS is none.txt: it can't be used (")
 
 
 class RunsCode:

@@ -154,7 +154,7 @@ def test_prompt_field_names_any_field(write):
     with pytest.raises(SettingsError) as error:
         read(path, field="query")
     (problem,) = error.value.args
-    assert "(PROMPT_FIELD is query, and its fields are prompt, text, Frage)" in problem
+    assert "(row 1: PROMPT_FIELD is query, and its fields are prompt, text, Frage)" in problem
 
 
 @pytest.mark.parametrize("field", ["prompt", "messages"])
@@ -296,9 +296,9 @@ def test_a_file_that_gives_no_prompts(write, setting, name, content):
     with pytest.raises(SettingsError) as error:
         read(*entries[0], eval_prompts=entries[1])
     (problem,) = error.value.args
-    assert problem.startswith(f"{setting}: {train_rlhf.shorten(name)}")
+    assert problem.startswith(f"{setting} is {train_rlhf.shorten(name)}: it can't be used (")
     assert problem.endswith(f"): {REMEDY}")
-    assert " can't be read (" in problem and len(problem) < 500
+    assert len(problem) < 500
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_a_row_that_has_no_prompt_is_named(write, name, content, number, reason)
     with pytest.raises(SettingsError) as error:
         read(name)
     (problem,) = error.value.args
-    assert problem.startswith(f"PROMPTS: {name}, row {number}, can't be read ({reason}")
+    assert problem.startswith(f"PROMPTS is {name}: it can't be used (row {number}: {reason}")
     assert problem.endswith(f"): {REMEDY}")
 
 
@@ -333,7 +333,7 @@ def test_a_line_that_is_no_json_is_named(write, text, form):
     content = "\n".join(lines) if form == "{}" else "[" + ",\n".join(lines) + "]"
     with pytest.raises(SettingsError) as error:
         read(write("p.jsonl", content))
-    assert re.search(r"p.jsonl can't be read \(.*: line [23] column", error.value.args[0])
+    assert re.search(r"p.jsonl: it can't be used \(.*: line [23] column", error.value.args[0])
 
 
 def test_texts_alone_are_prompts(write):
@@ -349,19 +349,19 @@ def test_json_that_begins_with_null(start_script, write, tmp_path, content):
     assert (result.status, result.stdout) == (2, "")
     first, line = result.stderr.splitlines()
     assert first == "Nothing was started or changed:"
-    assert line.startswith(f"- PROMPTS: {name}") and line.endswith(f"): {REMEDY}")
+    assert line.startswith(f"- PROMPTS is {name}: ") and line.endswith(f"): {REMEDY}")
 
 
 def test_a_csv_file_whose_prompts_have_commas_without_quotes(write):
     """Half of each would be lost without a word."""
-    with pytest.raises(SettingsError, match=r"PROMPTS: p\.csv.* can't be read \("):
+    with pytest.raises(SettingsError, match=r"PROMPTS is p\.csv: it can't be used \("):
         read(write("p.csv", "prompt\nHello, you are\nTell me, what is\n"))
 
 
 def test_a_folder_is_no_file_of_prompts(write, tmp_path):
     (tmp_path / "p.txt").mkdir()
     (tmp_path / "p.txt" / "inner.txt").write_text("A")
-    with pytest.raises(SettingsError, match=r"PROMPTS: p\.txt can't be read \("):
+    with pytest.raises(SettingsError, match=r"PROMPTS is p\.txt: it can't be used \("):
         read("p.txt")
 
 
@@ -378,7 +378,7 @@ def test_all_bad_settings_are_told_beside_a_bad_file(write, read_settings):
     with pytest.raises(SettingsError) as error:
         read_settings("--prompts", "none.txt", "--gamma", "2")
     problems = sorted(problem.split()[0] for problem in error.value.args)
-    assert problems == ["GAMMA", "PROMPTS:"]
+    assert problems == ["GAMMA", "PROMPTS"]
 
 
 # ------------------------------------------------------------------------------------- what is held out
