@@ -559,10 +559,7 @@ AS_IT_IS = {"mean": 0.0, "deviation": 1.0, "graded": False, "threshold": None}  
 
 
 def measure_scale(policy, tokenizer, reward, rows, settings):
-    """Return what on_scale needs, from samples of the base model, and the threshold of a success.
-
-    A rule with two scores is left as it is; the higher one is a success.
-    """
+    """Return what on_scale needs, from samples of the base model, and the threshold of a success."""
     if not settings.scale_samples:
         return AS_IT_IS
     set_seed(settings.seed)
@@ -570,7 +567,7 @@ def measure_scale(policy, tokenizer, reward, rows, settings):
     for batch, _, _, texts in sample(policy, tokenizer, rows, settings.scale_samples, settings):
         scores += reward(batch, texts)
     scores = torch.tensor(scores, dtype=torch.float64)
-    if len(scores.unique()) <= 2:
+    if len(scores.unique()) <= 2:  # a rule is left as it is; its higher score is a success
         return AS_IT_IS | {"threshold": (scores.min() + scores.max()).item() / 2}
     mean, deviation = scores.mean().item(), scores.std().item()
     print(f"Scale     the base model's {mean:.3g} ± {deviation:.3g} becomes 0 ± 1\n", flush=True)
@@ -673,9 +670,8 @@ def kl_minimum(score, base_scores):
     """Return the least KL in nats of any policy with this mean score, None where all scores are one.
 
     It is the largest tilt * score - ln E[e^(tilt * score)] over all tilts (Donsker and Varadhan
-    1983), E over base_scores, the samples of the base model; for a success rate p that is
-    p ln(p / p0) + (1 - p) ln((1 - p) / (1 - p0)). Samples can't tell how rare their best is, so the
-    mean is kept away from it as if half a sample were an average one.
+    1983), E over samples of the base model. They can't tell how rare their best is, so the mean is
+    kept away from it as if half a sample were an average one.
     """
     if base_scores.min() == base_scores.max():
         return None
@@ -799,10 +795,9 @@ FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".p
 
 
 def read_prompts(prompts, eval_prompts, prompt_field, seed):
-    """Return the rows to train on, the rows held out, and how many more were given.
+    """Return the rows to train on, the rows held out, and how many were empty or there already.
 
     A row is a dictionary with a prompt, a text or a list of messages, and what else its file has.
-    Left out are those without a text, and those that were there already.
     """
     ends = eval_prompts[:1] + eval_prompts[5:]  # of those above, which suit no file
     holds_out = ends == ["Right now I am", "I woke up feeling"] and any(map(is_file, prompts))
@@ -908,12 +903,11 @@ def encode(tokenizer, rows, chat_template):
     queries = []
     for row in rows:
         prompt = row["prompt"]
-        if isinstance(prompt, str) and chat_template:
-            prompt = [{"role": "user", "content": prompt}]
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and not chat_template:
             inputs = tokenizer(prompt)
         else:  # the template has a start token of its own, where the model wants one
-            inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
         queries.append(torch.tensor(inputs["input_ids"]))
     return queries
 
