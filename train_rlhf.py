@@ -1593,22 +1593,15 @@ def summarize(report, folder):
             texts[0] += " (held out)" * (prompts == "eval_prompts")
             lines.append("    {}\n        before  {}\n        after   {}".format(*texts))
     prompt = next(iter(base["train_prompts"]["first_sample"]))
-    inputs = f'tokenizer({prompt!r}, return_tensors="pt")'
-    if report["chat"]:
-        options = 'add_generation_prompt=True, return_tensors="pt"'
-        turns = [{"role": "user", "content": prompt}]
-        inputs = f"tokenizer.apply_chat_template({turns}, {options})"
+    asked = [{"role": "user", "content": prompt}] if report["chat"] else prompt
     lines.append(f"""
 {judge(report)}
 
 The model is beside report.json and training.png. To load it:
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import pipeline
 
-    tokenizer = AutoTokenizer.from_pretrained({folder!r})
-    model = AutoModelForCausalLM.from_pretrained({folder!r})
-    inputs = {inputs}
-    print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
+    print(pipeline("text-generation", {folder!r})({asked!r}))
 """)
     return "\n".join(lines)
 

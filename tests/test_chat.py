@@ -215,7 +215,8 @@ def test_a_run_with_the_template(call_main, chat_model, asked, tmp_path, monkeyp
     assert tokenizer.chat_template == CHATML
     monkeypatch.chdir(folder)
     exec(code, {})
-    assert "user\nI feel so\nassistant\n" in capsys.readouterr().out
+    told = "[{'role': 'user', 'content': 'I feel so'}, {'role': 'assistant', 'content': "
+    assert told in capsys.readouterr().out
 
 
 def test_a_run_on_conversations(call_main, chat_model, asked, tmp_path, monkeypatch):

@@ -330,6 +330,6 @@ def test_the_snippet_that_loads_the_model_is_python_that_quotes_what_it_is_given
     text = train_rlhf.summarize(report, "./it's")
     code = textwrap.dedent(text[text.index("    from transformers") :])
     compile(code, "snippet", "exec")
-    assert code.count("""from_pretrained("./it's")""") == 2
+    assert code.count("""pipeline("text-generation", "./it's")""") == 1
     assert """'say "so"'""" in code
-    assert ("apply_chat_template" in code) is chat
+    assert ("[{'role': 'user', 'content': 'say \"so\"'}]" in code) is chat

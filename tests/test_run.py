@@ -233,11 +233,11 @@ def test_the_model_card(learned):
                 assert prompt in card
                 assert " ".join(text.split()) in card
     assert "(training.png)" in card
-    assert "from_pretrained('.')" in card
+    assert """pipeline("text-generation", '.')""" in card
 
 
 def test_the_loading_snippet_works_as_it_stands(learned, monkeypatch, capsys):
-    assert "AutoModelForCausalLM.from_pretrained('./trained_model')" in learned.stdout
+    assert """pipeline("text-generation", './trained_model')""" in learned.stdout
     snippet = learned.stdout[learned.stdout.index("    from transformers import") :]
     monkeypatch.chdir(learned.cwd)
     exec(textwrap.dedent(snippet), {})
