@@ -1568,13 +1568,11 @@ def draw(report, base_scores, metrics, path):
 
 
 def summarize(report, folder):
-    """Return the result in Markdown, with Python that loads the model from a folder."""
+    """Return the result in Markdown, with what to try, and Python that loads the model."""
     settings, base, trained = report["settings"], report["base"], report["trained"]
+    parts = [report[model][prompts] for prompts in base for model in ("base", "trained")]
+    columns = dict(zip(["  base", "trained", "base, held out", "trained, held out"], parts))
     lines = [f"# {Path(settings['model_name']).name}, fine-tuned with PPO", ""]
-    columns = {"  base": base["train_prompts"], "trained": trained["train_prompts"]}
-    if "eval_prompts" in base:
-        columns["base, held out"] = base["eval_prompts"]
-        columns["trained, held out"] = trained["eval_prompts"]
     lines += [f"| {'':21} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     names = ("score", "standard_error", "win_rate", "success_rate", "kl", "kl_minimum", "distinct")
     for name in (*names, "perplexity_under_base"):
@@ -1592,10 +1590,22 @@ def summarize(report, folder):
             texts = [" ".join(text.split()) for text in (prompt, before, after[prompt])]
             texts[0] += " (held out)" * (prompts == "eval_prompts")
             lines.append("    {}\n        before  {}\n        after   {}".format(*texts))
-    prompt = next(iter(base["train_prompts"]["first_sample"]))
+
+    before, after = parts[:2]
+    advice = ""
+    if not report["close_to_base"]:
+        advice = "Little is left of it: lower LEARNING_RATE and TARGET_APPROX_KL or raise KL_COEF."
+    elif before["standard_error"] == after["standard_error"] == 0:
+        advice = "All responses score the same: try words or prompts with which some are better."
+    elif not report["learned"]:
+        advice = "Beyond chance this run did not learn: raise TRAINING_EPOCHS or lower KL_COEF."
+    scores = [f"{part['score']:+z.2f} ± {part['standard_error']:.2f}" for part in (before, after)]
+    prompt = next(iter(before["first_sample"]))
     asked = [{"role": "user", "content": prompt}] if report["chat"] else prompt
     lines.append(f"""
-{judge(report)}
+Score: {scores[0]} before, {scores[1]} after, higher in {after["win_rate"]:.0%} of pairs,
+at {after["kl"]:z.1f} nats from the base model.
+{advice}
 
 The model is beside report.json and training.png. To load it:
 
@@ -1604,28 +1614,6 @@ The model is beside report.json and training.png. To load it:
     print(pipeline("text-generation", {folder!r})({asked!r}))
 """)
     return "\n".join(lines)
-
-
-def judge(report):
-    """Return the result in words, and what to try where it is not a good one."""
-    base, trained = report["base"]["train_prompts"], report["trained"]["train_prompts"]
-    before, after = (
-        f"{part['score']:+z.2f} ± {part['standard_error']:.2f}" for part in (base, trained)
-    )
-    text = f"Score: {before} before, {after} after, higher in {trained['win_rate']:.0%} of pairs,"
-    text += f"\nat {trained['kl']:z.1f} nats from the base model."
-    if base["success_rate"] is not None:
-        text += f" Success: {base['success_rate']:.1%} before, {trained['success_rate']:.1%} after."
-    if not report["close_to_base"]:
-        text += " Little is left of it: try a lower LEARNING_RATE,"
-        text += "\na lower TARGET_APPROX_KL or a higher KL_COEF."
-    elif base["standard_error"] == trained["standard_error"] == 0:
-        text += "\nAll responses score the same, so there was nothing to learn from:"
-        text += "\ntry words or prompts with which it succeeds now and then."
-    elif not report["learned"]:
-        text += "\nThat is no rise beyond chance: this run did not learn."
-        text += "\nTry more TRAINING_EPOCHS or a lower KL_COEF."
-    return text
 
 
 # ------------------------------------------------------------------------------------------- main

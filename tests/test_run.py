@@ -317,9 +317,8 @@ def test_a_model_that_never_succeeds_has_nothing_to_learn_from(
 ):
     assert call_main("--model-name", demo_model, *SHORT, "--positive-words", "zebra") == 0
     words = "Score: -1.00 ± 0.00 before, -1.00 ± 0.00 after, higher in 50% of pairs,\n"
-    words += "at 0.0 nats from the base model. Success: 0.0% before, 0.0% after.\n"
-    words += "All responses score the same, so there was nothing to learn from:\n"
-    words += "try words or prompts with which it succeeds now and then.\n"
+    words += "at 0.0 nats from the base model.\n"
+    words += "All responses score the same: try words or prompts with which some are better.\n"
     for text in (capsys.readouterr().out, read_card(tmp_path / "trained_model")):
         assert words in text
         assert "did not learn" not in text
@@ -335,9 +334,9 @@ def test_the_advice_after_far_too_large_steps_does_not_contradict_itself(
     report = read_report(tmp_path / "trained_model")
     assert report["close_to_base"] is False
     for text in (capsys.readouterr().out, read_card(tmp_path / "trained_model")):
-        advice = text.partition(" Little is left of it: try a lower LEARNING_RATE")[2]
-        assert advice.partition("\n\n")[0].endswith(" or a higher KL_COEF.")
-        assert "a lower KL_COEF" not in text and "TRAINING_EPOCHS" not in text
+        advice = text.partition("\nLittle is left of it: lower LEARNING_RATE")[2]
+        assert advice.partition("\n\n")[0].endswith(" or raise KL_COEF.")
+        assert "lower KL_COEF" not in text and "TRAINING_EPOCHS" not in text
 
 
 # ------------------------------------------------------------------------------ stopped and resumed
@@ -473,8 +472,8 @@ def test_a_last_step_that_is_filled_up_is_told(twice):
 
 def test_a_run_that_did_not_learn_says_so_and_what_to_try(twice):
     assert twice.second.report["learned"] is False
-    words = "That is no rise beyond chance: this run did not learn.\n"
-    assert f"{words}Try more TRAINING_EPOCHS or a lower KL_COEF.\n" in twice.second.stdout
+    words = "Beyond chance this run did not learn: raise TRAINING_EPOCHS or lower KL_COEF.\n"
+    assert words in twice.second.stdout
     assert twice.second.report["trained"]["train_prompts"]["kl"] < 1e-6
 
 
