@@ -1540,30 +1540,26 @@ def draw(report, base_scores, metrics, path):
     """Draw the learning curve, and the score against KL under the line of what is possible."""
     from matplotlib.figure import Figure  # here, since it takes a second to load
 
-    blue, orange, grey = "#0072B2", "#D55E00", "#666666"  # told apart by colour-blind readers too
     base, trained = report["base"]["train_prompts"], report["trained"]["train_prompts"]
-    steps = [n for n in range(1, len(metrics) + 1) if metrics[n - 1]["samples"] >= 100]
-    steps = steps or [len(metrics)]  # means of fewer samples are noise
-    samples = [metrics[step - 1]["samples"] for step in steps]
+    first = min(100, metrics[-1]["samples"])  # means of fewer samples are noise
+    steps = [n for n in range(1, len(metrics) + 1) if metrics[n - 1]["samples"] >= first]
     score = [recent(metrics[:step], "score") for step in steps]
-    kl = [recent(metrics[:step], "kl") for step in steps]
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     left.set(title="Learning", xlabel="samples", ylabel="mean score")
-    left.plot(samples, score, color=blue, label="mean of the last 100 samples")
-    left.axhline(base["score"], color=grey, linestyle="-.", label="base model, measured")
     right.set(title="What it costs", xlabel="KL against the base model (nats per response)")
+    samples = [metrics[step - 1]["samples"] for step in steps]
+    kl = [recent(metrics[:step], "kl") for step in steps]
+    for axes, x in ((left, samples), (right, kl)):
+        axes.plot(x, score, ".-", label="mean of the last 100 samples")
+        axes.plot(0, base["score"], "ks", label="base model, measured")
+    right.plot(trained["kl"], trained["score"], "*", markersize=15, label="trained model, measured")
     if trained["kl_minimum"] is not None:
         reachable = torch.linspace(base["score"], base_scores.max(), 50).tolist()
         least = [kl_minimum(each, base_scores) for each in reachable]
-        right.plot(least, reachable, color="black", label="least KL for a mean score")
-    right.plot(kl, score, ".-", color=blue, label="mean of the last 100 samples")
-    right.plot(0, base["score"], "s", color=grey, label="base model, measured")
-    right.plot(trained["kl"], trained["score"], "*", color=orange, markersize=15)
-    right.lines[-1].set_label("trained model, measured")
-    for axes in (left, right):
-        axes.legend(fontsize=8)
+        right.plot(least, reachable, "k", label="least KL for a mean score")
+    right.legend()
     figure.savefig(path, dpi=100)
 
 
