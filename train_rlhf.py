@@ -1206,9 +1206,7 @@ def claim_output(folder, resume):
         earlier = [path for path in output.rglob("*") if path.is_file() and path.name != "lock"]
         if earlier and not resume:
             lock.release()
-            number = 1
-            while Path(f"{output}-{number}").exists():
-                number += 1
+            number = next(n for n in itertools.count(1) if not Path(f"{output}-{n}").exists())
             output.rename(f"{output}-{number}")
             print(f"The earlier run in {output}/ was moved to {output}-{number}/")
             lock.acquire()
