@@ -52,7 +52,6 @@ for library in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functio
     logging.getLogger(library).setLevel(logging.ERROR)  # here, since one speaks when it is imported
 
 import datasets
-import psutil
 import torch
 import transformers
 from accelerate.tracking import TensorBoardTracker
@@ -1490,12 +1489,11 @@ def peak_memory_mb(device):
     """Return the most memory held so far in MB, 10^6 bytes: the GPU's, else the process's."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset / 1e6
-    import resource  # there is none on Windows
+    with suppress(ImportError):  # on Windows, which does not tell it: None
+        import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def save_results(policy, tokenizer, report, base_scores, metrics, folder):
