@@ -1198,7 +1198,7 @@ def claim_output(folder, resume):
 
     What is raised inside gets a note of what the last checkpoint has.
     """
-    output = Path(folder)
+    output, new = Path(folder), Path(folder, "checkpoint", "new")
     lock = FileLock(output / "checkpoint" / "lock", blocking=False)  # free when the process ends
     try:
         lock.acquire()
@@ -1213,6 +1213,8 @@ def claim_output(folder, resume):
         reason = getattr(error, "strerror", None) or "another run is writing there"
         raise SettingsError(f"OUTPUT_DIR is {output}: {reason}: name another folder") from error
     try:
+        shutil.rmtree(new, ignore_errors=True)  # what a killed run left
+        new.mkdir()
         yield
     except BaseException as error:
         state = read_checkpoint(folder)
@@ -1221,6 +1223,7 @@ def claim_output(folder, resume):
             error.add_note(f"{saved}. To go on, run the same line with --resume")
         raise
     finally:
+        shutil.rmtree(new, ignore_errors=True)  # what was being written when the disk was full
         lock.release()
 
 
@@ -1253,17 +1256,13 @@ def save_checkpoint(model, optimizer, scaler, settings, metrics, **more):
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict() if scaler else None,
     }
-    path = Path(settings.output_dir, "checkpoint", "state.pt")
-    new, content = path.with_name("state.new"), io.BytesIO()
+    content, new = io.BytesIO(), Path(settings.output_dir, "checkpoint", "new", "state.pt")
     torch.save(state, content)  # not into the file: what it raises for a full disk says nothing
-    try:
-        with open(new, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)  # what a full disk left of it
+    with open(new, "wb") as file:
+        file.write(content.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(new.parents[1] / "state.pt")
 
 
 def hash_files(paths):
@@ -1498,23 +1497,18 @@ def peak_memory_mb(device):
 
 def save_results(policy, tokenizer, report, base_scores, metrics, folder):
     """Write model and report into a folder of their own, then move them: no file is ever torn."""
-    output, new = Path(folder), Path(folder, "checkpoint", "results.new")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        new.mkdir()
-        save_model(policy, tokenizer, new)
-        card = summarize(report, ".") + "\n![Score and KL](training.png)\n"
-        (new / "README.md").write_text(card, encoding="utf-8")
-        (new / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        draw(report, base_scores, metrics, new / "training.png")
-        mode = (new / "README.md").stat().st_mode  # safetensors would let nobody else read
-        for path in [path for path in new.rglob("*") if path.is_file()]:
-            path.chmod(mode)
-            place = output / path.relative_to(new)
-            place.parent.mkdir(exist_ok=True)  # a tokenizer may have a folder of templates
-            path.replace(place)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)  # what a full disk left of it
+    output, new = Path(folder), Path(folder, "checkpoint", "new")
+    save_model(policy, tokenizer, new)
+    card = summarize(report, ".") + "\n![Score and KL](training.png)\n"
+    (new / "README.md").write_text(card, encoding="utf-8")
+    (new / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    draw(report, base_scores, metrics, new / "training.png")
+    mode = (new / "README.md").stat().st_mode  # safetensors would let nobody else read
+    for path in [path for path in new.rglob("*") if path.is_file()]:
+        path.chmod(mode)
+        place = output / path.relative_to(new)
+        place.parent.mkdir(exist_ok=True)  # a tokenizer may have a folder of templates
+        path.replace(place)
 
 
 def save_model(policy, tokenizer, folder):

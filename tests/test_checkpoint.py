@@ -25,7 +25,7 @@ def saved(build, step, make_settings):
     torch.manual_seed(0)
     step(built)
     built.trainer.optimizer.param_groups[0]["lr"] = 0.00123
-    state_path(built.settings.output_dir).parent.mkdir(parents=True)
+    (state_path(built.settings.output_dir).parent / "new").mkdir(parents=True)
     save(built, METRICS)
     return built
 
@@ -61,8 +61,10 @@ def state_path(output):
     return Path(output, "checkpoint", "state.pt")
 
 
-def names(built):
-    return {entry.name for entry in state_path(built.settings.output_dir).parent.iterdir()}
+def names_of_files(built):
+    """Return the names of all files in the checkpoint's folder, and in folders there."""
+    paths = state_path(built.settings.output_dir).parent.rglob("*")
+    return {path.name for path in paths if path.is_file()}
 
 
 def state(built):
@@ -135,12 +137,12 @@ def test_a_checkpoint_holds_what_is_needed_and_neither_random_states_nor_base_we
     assert set(state) == {*needed.split()}
     assert all("lora_" in name or "v_head" in name for name in state["weights"])
     assert len(state["weights"]) == len(state["optimizer"]["state"])
-    assert names(saved) == {"state.pt"}
+    assert names_of_files(saved) == {"state.pt"}
 
 
 def test_a_checkpoint_replaces_the_last_one_and_leaves_nothing_beside_it(saved):
     save(saved, METRICS * 2)
-    assert names(saved) == {"state.pt"}
+    assert names_of_files(saved) == {"state.pt"}
     assert read_checkpoint(saved.settings.output_dir)["metrics"] == METRICS * 2
 
 
@@ -161,12 +163,13 @@ def test_a_crash_while_saving_leaves_a_whole_checkpoint(saved, resume, monkeypat
         raise OSError("no space left on device")
 
     monkeypatch.setattr(train_rlhf.os, "fsync", crash)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError), train_rlhf.claim_output(saved.settings.output_dir, resume=True):
         save(saved, METRICS * 2)
-    assert names(saved) == {"state.pt"}
+    assert names_of_files(saved) == {"lock", "state.pt"}
     assert load(saved, resume())["metrics"] == METRICS
     monkeypatch.undo()
-    save(saved, METRICS * 2)
+    with train_rlhf.claim_output(saved.settings.output_dir, resume=True):
+        save(saved, METRICS * 2)
     assert load(saved, resume())["metrics"] == METRICS * 2
 
 

@@ -203,7 +203,7 @@ def test_a_run_killed_at_any_time_goes_on_as_if_untouched(start_run, undisturbed
 def test_a_run_killed_while_it_saves_a_checkpoint_goes_on(start_run, undisturbed, tmp_path, capsys):
     places = dict.fromkeys(note for note in undisturbed.notes if note.startswith("checkpoint"))
     names = [place.partition(" ")[2] for place in places]
-    assert names[:3] == ["", "open state.new", "os.rename state.pt"]
+    assert names[:3] == ["", "open state.pt", "os.rename state.pt"]
     kills = 0
     for number, place in enumerate(places):
         output = tmp_path / str(number) / "trained_model"
