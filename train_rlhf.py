@@ -1194,10 +1194,7 @@ def pick_device(device, dtype):
 # ----------------------------------------------------------------------------- output, checkpoints
 @contextmanager
 def claim_output(folder, resume):
-    """Hold the output folder for this run alone; move an earlier run aside unless it is to go on.
-
-    What is raised inside gets a note of what the last checkpoint has.
-    """
+    """Hold the output folder for this run alone; move an earlier run aside unless it goes on."""
     output, new = Path(folder), Path(folder, "checkpoint", "new")
     lock = FileLock(output / "checkpoint" / "lock", blocking=False)  # free when the process ends
     try:
@@ -1220,7 +1217,7 @@ def claim_output(folder, resume):
         state = read_checkpoint(folder)
         if state:
             saved = f"what was learned up to step {len(state['metrics'])} is saved"
-            error.add_note(f"{saved}. To go on, run the same line with --resume")
+            error.add_note(f"{saved}. To go on, run the same line with --resume")  # main tells
         raise
     finally:
         shutil.rmtree(new, ignore_errors=True)  # what was being written when the disk was full
@@ -1240,15 +1237,11 @@ def trained_weights(model):
 
 
 def save_checkpoint(model, optimizer, scaler, settings, metrics, **more):
-    """Save all that a run needs to go on, beside the last checkpoint, then replace that.
-
-    Weights that are not finite never replace good ones. Random states are not needed: each step
-    sets its own seed.
-    """
+    """Replace the last checkpoint, if there was a step and its weights are finite."""
     weights = trained_weights(model)
     if not metrics or not all(weight.isfinite().all() for weight in weights.values()):
         return
-    state = more | {
+    state = more | {  # no random states: each step sets its own seed
         "settings": vars(settings),
         "model": os.path.realpath(settings.model_name),  # a folder may have several names
         "metrics": metrics,
@@ -1323,10 +1316,7 @@ class RunError(Exception):
 
 @contextmanager
 def stop_on_signal(after_step=False):
-    """Raise Stopped where Ctrl-C or SIGTERM comes; give both back afterwards.
-
-    With after_step the first one only sets `requested`, and is raised at the end of the block.
-    """
+    """Raise Stopped on Ctrl-C or SIGTERM; with after_step the first waits for the block's end."""
     stop = SimpleNamespace(requested=None)
 
     def handle(number, frame):
@@ -1402,10 +1392,7 @@ def announce(policy, settings, device, dtype, rows, eval_rows, given, metrics):
 
 @contextmanager
 def open_log(settings, metrics, total):
-    """Yield a function that writes down the last of the metrics and its samples, and shows both.
-
-    Progress is a live bar on a terminal, elsewhere a line every LOG_EVERY steps.
-    """
+    """Yield a function that writes down and shows the last of the metrics and its samples."""
     done, batch_size = len(metrics), settings.batch_size
     start = time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
     path = Path(settings.output_dir, "metrics.jsonl")
