@@ -1455,12 +1455,10 @@ def warnings_of(metrics, max_new_tokens):
     if skipped_updates:
         lines.append(f"updates skipped, since their numbers were not finite: {skipped_updates}")
     if kl > max_new_tokens and not before > max_new_tokens:  # more than a nat per token, now
-        remedy = "stop, and raise KL_COEF or lower TARGET_APPROX_KL"
-        lines.append(f"the KL has run away to {kl:.1f} nats: {remedy}")
+        lines.append(f"the KL has run away to {kl:.1f} nats: lower TARGET_APPROX_KL, raise KL_COEF")
     scores = [record["score"] for record in metrics]
     if len(scores) == 10 and min(scores) == max(scores):
-        remedy = "take words, a reward or prompts with which scores differ"
-        lines.append(f"all responses scored {scores[0]:g} so far, nothing can be learned: {remedy}")
+        lines.append(f"all scores are {scores[0]:g} so far: take words or prompts that vary them")
     return lines
 
 
