@@ -1370,22 +1370,18 @@ def shorten(value, length=80):
 
 def announce(policy, settings, device, dtype, rows, eval_rows, given, metrics):
     """Print what is going to happen."""
-    total = sum(parameter.numel() for parameter in policy.parameters())
-    trained = sum(weight.numel() for weight in trained_weights(policy).values())
+    trained, total = policy.pretrained_model.get_nb_trainable_parameters()  # without the value head
     steps, epoch = count_steps(settings, rows), math.ceil(len(rows) / settings.batch_size)
     samples, asked = steps * settings.batch_size, settings.training_epochs * len(rows)
     filled = f" ({asked:g} asked for, the last step filled up)" if samples > asked else ""
     whole = f", all prompts once would take {epoch}" if settings.training_epochs < 1 else ""
     left_out = given - len(rows) - len(eval_rows)
     left = f", {left_out} left out: empty, given twice or too long" if left_out else ""
-    words = " (+1 with a word of POSITIVE_WORDS, else -1)" * (
-        settings.reward == "positive_word_reward"
-    )
     going_on = f", going on after step {len(metrics)}" if metrics else ""
     print(f"Model     {settings.model_name}, {total:,} parameters, {trained:,} of them trained")
     print(f"Device    {device_name(device)}, {dtype} weights")
     print(f"Prompts   {len(rows)} to train on, {len(eval_rows)} held out{left}")
-    print(f"Reward    {settings.reward}{words}")
+    print(f"Reward    {settings.reward}")
     print(f"Training  {samples} samples{filled} in {steps} steps{whole}, seed {settings.seed}")
     print(f"Output    {settings.output_dir}/{going_on}\n", flush=True)
 
