@@ -1372,8 +1372,6 @@ def announce(policy, settings, device, dtype, rows, eval_rows, given, metrics):
     """Print what is going to happen."""
     trained, total = policy.pretrained_model.get_nb_trainable_parameters()  # without the value head
     steps, epoch = count_steps(settings, rows), math.ceil(len(rows) / settings.batch_size)
-    samples, asked = steps * settings.batch_size, settings.training_epochs * len(rows)
-    filled = f" ({asked:g} asked for, the last step filled up)" if samples > asked else ""
     whole = f", all prompts once would take {epoch}" if settings.training_epochs < 1 else ""
     left_out = given - len(rows) - len(eval_rows)
     left = f", {left_out} left out: empty, given twice or too long" if left_out else ""
@@ -1382,7 +1380,8 @@ def announce(policy, settings, device, dtype, rows, eval_rows, given, metrics):
     print(f"Device    {device_name(device)}, {dtype} weights")
     print(f"Prompts   {len(rows)} to train on, {len(eval_rows)} held out{left}")
     print(f"Reward    {settings.reward}")
-    print(f"Training  {samples} samples{filled} in {steps} steps{whole}, seed {settings.seed}")
+    samples = steps * settings.batch_size
+    print(f"Training  {samples} samples in {steps} steps{whole}, seed {settings.seed}")
     print(f"Output    {settings.output_dir}/{going_on}\n", flush=True)
 
 

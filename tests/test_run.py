@@ -465,9 +465,9 @@ def test_another_seed_gives_another_run(twice):
     assert first["entropy"] != second["entropy"]
 
 
-def test_a_last_step_that_is_filled_up_is_told(twice):
+def test_a_last_step_is_filled_up(twice):
     assert [record["samples"] for record in twice.first.metrics] == [5, 10, 15]
-    assert "15 samples (12 asked for, the last step filled up) in 3 steps" in twice.first.stdout
+    assert "15 samples in 3 steps" in twice.first.stdout
 
 
 def test_a_run_that_did_not_learn_says_so_and_what_to_try(twice):
