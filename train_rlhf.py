@@ -1243,7 +1243,6 @@ def save_checkpoint(model, optimizer, scaler, settings, metrics, **more):
         return
     state = more | {  # no random states: each step sets its own seed
         "settings": vars(settings),
-        "model": os.path.realpath(settings.model_name),  # a folder may have several names
         "metrics": metrics,
         "weights": weights,
         "optimizer": optimizer.state_dict(),
@@ -1286,8 +1285,6 @@ def check_resume(settings, rules, steps, files):
         if state is None:
             raise ValueError(f"there is no checkpoint in {settings.output_dir}")
         before, done, earlier = state["settings"], len(state["metrics"]), state["files"]
-        if state["model"] == os.path.realpath(settings.model_name):
-            before["model_name"] = settings.model_name
     problems = []
     for name in [name for _, _, free, names in rules for name in names.split() if not free]:
         value, old = getattr(settings, name.lower()), before.get(name.lower())

@@ -561,7 +561,6 @@ def refused_resume(refused, read_settings, demo_model, tmp_path, monkeypatch):
         (folder / "lock").touch()
         state = {
             "settings": given,
-            "model": str(demo_model.resolve()),
             "metrics": [{}] * 18,
             "weights": {},
             "optimizer": {},
