@@ -1352,8 +1352,7 @@ def explain(error, settings):
 def lacks_memory(error):
     """Return whether an error comes from too little memory."""
     texts = "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
-    of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return of_memory or bool(re.search(texts, str(error)))
+    return isinstance(error, MemoryError) or bool(re.search(texts, str(error)))
 
 
 # ---------------------------------------------------------------------------- screen and report
