@@ -1284,7 +1284,7 @@ def check_resume(settings, rules, steps, files):
         state = read_checkpoint(settings.output_dir)
         if state is None:
             raise ValueError(f"there is no checkpoint in {settings.output_dir}")
-        before, done, earlier = state["settings"], len(state["metrics"]), state["files"]
+        before, done, earlier = {**state["settings"]}, len(state["metrics"]), state["files"]
     problems = []
     for name in [name for _, _, free, names in rules for name in names.split() if not free]:
         value, old = getattr(settings, name.lower()), before.get(name.lower())
@@ -1558,11 +1558,16 @@ def summarize(report, folder):
     elif not report["learned"]:
         advice = "Beyond chance this run did not learn: raise TRAINING_EPOCHS or lower KL_COEF."
     scores = [f"{part['score']:+z.2f} ± {part['standard_error']:.2f}" for part in (before, after)]
+    success = ""
+    if before["success_rate"] is not None:
+        success = (
+            f" Success: {before['success_rate']:.1%} before, {after['success_rate']:.1%} after."
+        )
     prompt = next(iter(before["first_sample"]))
     asked = [{"role": "user", "content": prompt}] if report["chat"] else prompt
     lines.append(f"""
 Score: {scores[0]} before, {scores[1]} after, higher in {after["win_rate"]:.0%} of pairs,
-at {after["kl"]:z.1f} nats from the base model.
+at {after["kl"]:z.1f} nats from the base model.{success}
 {advice}
 
 The model is beside report.json and training.png. To load it:
