@@ -317,7 +317,7 @@ def test_a_model_that_never_succeeds_has_nothing_to_learn_from(
 ):
     assert call_main("--model-name", demo_model, *SHORT, "--positive-words", "zebra") == 0
     words = "Score: -1.00 ± 0.00 before, -1.00 ± 0.00 after, higher in 50% of pairs,\n"
-    words += "at 0.0 nats from the base model.\n"
+    words += "at 0.0 nats from the base model. Success: 0.0% before, 0.0% after.\n"
     words += "All responses score the same: try words or prompts with which some are better.\n"
     for text in (capsys.readouterr().out, read_card(tmp_path / "trained_model")):
         assert words in text
@@ -611,7 +611,7 @@ def test_a_graded_reward_with_an_answer_from_its_row(own_files):
 def test_a_graded_reward_is_shown_by_its_score(own_files):
     screen, report = own_files.calm_run.stdout, read_report(own_files.calm)
     figures = f"{report['scale']['mean']:.3g} ± {report['scale']['deviation']:.3g}"
-    assert f"Scale     {figures}, as the base model's samples are, becomes 0 ± 1\n" in screen
+    assert f"Scale     the base model's {figures} becomes 0 ± 1\n" in screen
     assert "Scale  " not in own_files.resumed_run.stdout  # it is that of the checkpoint
     assert re.search(r"^step 5/9, \d\d:\d\d left, score \+\d\.\d\d, KL \d\.\d\d$", screen, re.M)
     for text in (screen, read_card(own_files.calm)):
