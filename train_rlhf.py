@@ -590,8 +590,10 @@ def make_report(trainer, tokenizer, reward, scale, rows, eval_rows, settings, me
     for part, asked in (("train_prompts", rows), ("eval_prompts", eval_rows)):
         if asked:
             measured = trainer, tokenizer, reward, scale, asked, settings
+            set_seed(settings.seed, -len(base))  # of random numbers of its own
             with trainer.optional_peft_ctx():
                 base[part], base_scores[part] = measure(*measured)
+            set_seed(settings.seed, -len(trained))  # the same before and after
             trained[part], scores = measure(*measured)
             wins = (torch.sign(scores - base_scores[part]) + 1) / 2  # for a prompt; a tie is a half
             minimum = kl_minimum(trained[part]["score"], base_scores[part])
@@ -624,7 +626,6 @@ def make_report(trainer, tokenizer, reward, scale, rows, eval_rows, settings, me
 
 def measure(trainer, tokenizer, reward, scale, rows, settings):
     """Return the figures of the model as it is on EVAL_SAMPLES fresh responses, and their scores."""
-    set_seed(settings.seed)  # the same random numbers before and after
     texts, scores, kls, ref_logprobs, tokens, first_sample = [], [], [], [], 0, {}
     batches = sample(trainer.model, tokenizer, rows, settings.eval_samples, settings)
     for batch, queries, responses, said in batches:
@@ -1552,11 +1553,13 @@ def summarize(report, folder):
     before, after = parts[:2]
     advice = ""
     if not report["close_to_base"]:
-        advice = "Little is left of it: lower LEARNING_RATE and TARGET_APPROX_KL or raise KL_COEF."
+        advice = (
+            "\nLittle is left of it: lower LEARNING_RATE and TARGET_APPROX_KL or raise KL_COEF."
+        )
     elif before["standard_error"] == after["standard_error"] == 0:
-        advice = "All responses score the same: try words or prompts with which some are better."
+        advice = "\nAll responses score the same: try words or prompts with which some are better."
     elif not report["learned"]:
-        advice = "Beyond chance this run did not learn: raise TRAINING_EPOCHS or lower KL_COEF."
+        advice = "\nBeyond chance this run did not learn: raise TRAINING_EPOCHS or lower KL_COEF."
     scores = [f"{part['score']:+z.2f} ± {part['standard_error']:.2f}" for part in (before, after)]
     success = ""
     if before["success_rate"] is not None:
@@ -1567,8 +1570,7 @@ def summarize(report, folder):
     asked = [{"role": "user", "content": prompt}] if report["chat"] else prompt
     lines.append(f"""
 Score: {scores[0]} before, {scores[1]} after, higher in {after["win_rate"]:.0%} of pairs,
-at {after["kl"]:z.1f} nats from the base model.{success}
-{advice}
+at {after["kl"]:z.1f} nats from the base model.{success}{advice}
 
 The model is beside report.json and training.png. To load it:
 
