@@ -8,6 +8,7 @@ Read it from top to bottom, as the data flows: constants, run, policy, rollout, 
 """
 
 import argparse
+import copy
 import difflib
 import glob
 import hashlib
@@ -163,7 +164,7 @@ def run(settings):
             trainer, tokenizer, reward, scale, rows, eval_rows, settings, metrics
         )
         save_results(policy, tokenizer, report, base_scores, metrics, settings.output_dir)
-    print(summarize(report, os.path.join(".", settings.output_dir)))
+        print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
 
 
 def train(trainer, tokenizer, reward, scale, rows, settings, metrics, save):
@@ -567,6 +568,8 @@ def measure_scale(policy, tokenizer, reward, rows, settings):
         scores += reward(batch, texts)
     scores = torch.tensor(scores, dtype=torch.float64)
     if len(scores.unique()) <= 2:  # a rule is left as it is; its higher score is a success
+        values = " or ".join(f"{value:g}" for value in scores.unique().tolist())
+        print(f"Scale     the base model's samples score {values}: left as it is\n", flush=True)
         return AS_IT_IS | {"threshold": (scores.min() + scores.max()).item() / 2}
     mean, deviation = scores.mean().item(), scores.std().item()
     print(f"Scale     the base model's {mean:.3g} ± {deviation:.3g} becomes 0 ± 1\n", flush=True)
@@ -726,6 +729,7 @@ def call_reward(function, rows, texts):
     completions as texts, or as conversations where the prompts are, and the rows' other fields.
     """
     arguments = {name: [row[name] for row in rows] for name in rows[0]}
+    arguments = copy.deepcopy(arguments)  # which a function may change
     prompts, completions = arguments.pop("prompt"), []
     for prompt, text in zip(prompts, texts):
         turn = [{"role": "assistant", "content": text}]
@@ -1569,7 +1573,7 @@ def summarize(report, folder):
     prompt = next(iter(before["first_sample"]))
     asked = [{"role": "user", "content": prompt}] if report["chat"] else prompt
     lines.append(f"""
-Score: {scores[0]} before, {scores[1]} after, higher in {after["win_rate"]:.0%} of pairs,
+Score: {scores[0]} before, {scores[1]} after, a win rate of {after["win_rate"]:.0%},
 at {after["kl"]:z.1f} nats from the base model.{success}{advice}
 
 The model is beside report.json and training.png. To load it:

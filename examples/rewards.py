@@ -22,7 +22,8 @@ def right_answer(prompts, completions, answer, **kwargs):
     """
     scores = []
     for completion, right in zip(completions, answer):
-        found = re.search(rf"\b{re.escape(str(right))}\b", completion, re.IGNORECASE)
+        right = str(right).removesuffix(".0")  # which a .csv with gaps makes of whole numbers
+        found = re.search(rf"\b{re.escape(right)}\b", completion, re.IGNORECASE)
         scores.append(1.0 if found else 0.0)
     return scores
 

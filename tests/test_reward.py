@@ -592,3 +592,14 @@ def test_graded_scores_stay_as_they_are_where_no_scale_is_wanted(
     assert report["scale"] == train_rlhf.AS_IT_IS
     assert report["scale"]["threshold"] is None
     assert "Scale " not in capsys.readouterr().out
+
+
+def test_what_a_function_does_to_its_arguments_stays_its_own_affair():
+    rows = [{"prompt": [{"role": "user", "content": "Hi"}], "answer": ["a"]}]
+
+    def spoil(prompts, completions, answer):
+        prompts[0][-1]["content"] = answer[0][0] = "spoilt"
+        return [1.0]
+
+    assert train_rlhf.call_reward(spoil, rows, ["Hello"]) == [1.0]
+    assert rows == [{"prompt": [{"role": "user", "content": "Hi"}], "answer": ["a"]}]

@@ -316,7 +316,7 @@ def test_a_model_that_never_succeeds_has_nothing_to_learn_from(
     call_main, demo_model, tmp_path, capsys
 ):
     assert call_main("--model-name", demo_model, *SHORT, "--positive-words", "zebra") == 0
-    words = "Score: -1.00 ± 0.00 before, -1.00 ± 0.00 after, higher in 50% of pairs,\n"
+    words = "Score: -1.00 ± 0.00 before, -1.00 ± 0.00 after, a win rate of 50%,\n"
     words += "at 0.0 nats from the base model. Success: 0.0% before, 0.0% after.\n"
     words += "All responses score the same: try words or prompts with which some are better.\n"
     for text in (capsys.readouterr().out, read_card(tmp_path / "trained_model")):
