@@ -685,7 +685,7 @@ def test_a_finished_run_can_go_on(call_main, demo_model, tmp_path, monkeypatch, 
         assert call_main(*flags, "--resume") == 0
         output, errors = capsys.readouterr()
         assert "going on after step 3" in output
-        assert " left" not in output + errors and "step 3/3" not in output
+        assert not re.search(r"(\d|\?) left", output + errors) and "step 3/3" not in output
         assert (read_metrics(folder), digest(folder / "model.safetensors")) == (metrics, model)
 
     assert call_main(*flags, "--resume", "--training-epochs", "4") == 0
