@@ -590,13 +590,14 @@ def make_report(trainer, tokenizer, reward, scale, rows, eval_rows, settings, me
     """Return the content of report.json, and the base model's scores on the training's prompts."""
     print(f"\nMeasuring before and after, {settings.eval_samples} samples each time", flush=True)
     base, trained, base_scores = {}, {}, {}
-    for part, asked in (("train_prompts", rows), ("eval_prompts", eval_rows)):
+    parts = {"train_prompts": rows, "eval_prompts": eval_rows}
+    for number, (part, asked) in enumerate(parts.items()):
         if asked:
             measured = trainer, tokenizer, reward, scale, asked, settings
-            set_seed(settings.seed, -len(base))  # of random numbers of its own
+            set_seed(settings.seed, -number)  # each part has random numbers of its own
             with trainer.optional_peft_ctx():
                 base[part], base_scores[part] = measure(*measured)
-            set_seed(settings.seed, -len(trained))  # the same before and after
+            set_seed(settings.seed, -number)  # the same before and after
             trained[part], scores = measure(*measured)
             wins = (torch.sign(scores - base_scores[part]) + 1) / 2  # for a prompt; a tie is a half
             minimum = kl_minimum(trained[part]["score"], base_scores[part])
@@ -614,7 +615,7 @@ def make_report(trainer, tokenizer, reward, scale, rows, eval_rows, settings, me
         "device": device_name(device),
         "dtype": str(backbone.get_input_embeddings().weight.dtype)[len("torch.") :],
         "scale": scale,
-        "chat": settings.chat_template or not isinstance(rows[0]["prompt"], str),
+        "chat": is_turn(rows[0]["prompt"], settings.chat_template),
         "learned": rise > 3 * error,  # beyond chance
         "close_to_base": after["kl"] <= settings.max_new_tokens,  # a nat per token
         "base": base,
@@ -710,9 +711,9 @@ def load_reward(settings, rows, device):
 
     def reward(rows, texts):
         if of_texts:
-            prompts = [row["prompt"] for row in rows]
-            templated = [settings.chat_template or not isinstance(each, str) for each in prompts]
-            rows = [{"prompt": last_said(p) + "\n" * t} for p, t in zip(prompts, templated)]
+            prompts, chat = [row["prompt"] for row in rows], settings.chat_template
+            plain = [last_said(prompt) + "\n" * is_turn(prompt, chat) for prompt in prompts]
+            rows = [{"prompt": text} for text in plain]
         return call_reward(function, rows, texts)
 
     try:
@@ -726,10 +727,9 @@ def call_reward(function, rows, texts):
     """Return the scores of texts, responses to the prompts of the rows, as floats.
 
     A function is called as TRL's GRPOTrainer calls one: prompts as they stand in the rows,
-    completions as texts, or as conversations where the prompts are, and the rows' other fields.
+    completions as texts, or as conversations where the prompts are, other fields; all are copies.
     """
-    arguments = {name: [row[name] for row in rows] for name in rows[0]}
-    arguments = copy.deepcopy(arguments)  # which a function may change
+    arguments = copy.deepcopy({name: [row[name] for row in rows] for name in rows[0]})
     prompts, completions = arguments.pop("prompt"), []
     for prompt, text in zip(prompts, texts):
         turn = [{"role": "assistant", "content": text}]
@@ -891,6 +891,11 @@ def last_said(prompt):
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
+def is_turn(prompt, chat_template):
+    """Return whether a prompt goes through the chat template: CHAT_TEMPLATE, or it has messages."""
+    return chat_template or not isinstance(prompt, str)
+
+
 def rows_of_step(step, rows, batch_size, seed):
     """Return the next batch_size rows; every epoch has each once, in an order of its own."""
     batch = []
@@ -907,11 +912,11 @@ def encode(tokenizer, rows, chat_template):
     queries = []
     for row in rows:
         prompt = row["prompt"]
-        if isinstance(prompt, str) and not chat_template:
-            inputs = tokenizer(prompt)
-        else:  # the template has a start token of its own, where the model wants one
+        if is_turn(prompt, chat_template):  # the template has a start token, where one is wanted
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+        else:
+            inputs = tokenizer(prompt)
         queries.append(torch.tensor(inputs["input_ids"]))
     return queries
 
@@ -1346,8 +1351,7 @@ def explain(error, settings):
         remedy = f"lower MINI_BATCH_SIZE ({now}) or EVAL_BATCH_SIZE ({settings.eval_batch_size})"
         anew = f"QUANTIZATION 4bit, a BATCH_SIZE below {settings.batch_size} or a smaller model"
         return f"there is too little memory: {remedy} and go on, or start anew with {anew}"
-    # The last one is of libraries that are written in Rust.
-    if isinstance(error, OSError | SafetensorError) or "os error" in str(error):
+    if isinstance(error, OSError | SafetensorError) or "os error" in str(error):  # as Rust says
         reason = shorten(getattr(error, "strerror", None) or error, 200)
         place = f"OUTPUT_DIR, {settings.output_dir}, and let what is printed be read to its end"
         return f"something can't be written ({reason}): make room in {place}"
@@ -1565,11 +1569,8 @@ def summarize(report, folder):
     elif not report["learned"]:
         advice = "\nBeyond chance this run did not learn: raise TRAINING_EPOCHS or lower KL_COEF."
     scores = [f"{part['score']:+z.2f} ± {part['standard_error']:.2f}" for part in (before, after)]
-    success = ""
-    if before["success_rate"] is not None:
-        success = (
-            f" Success: {before['success_rate']:.1%} before, {after['success_rate']:.1%} after."
-        )
+    rates = [part["success_rate"] for part in (before, after)]
+    success = "" if None in rates else f" Success: {rates[0]:.1%} before, {rates[1]:.1%} after."
     prompt = next(iter(before["first_sample"]))
     asked = [{"role": "user", "content": prompt}] if report["chat"] else prompt
     lines.append(f"""
