@@ -38,16 +38,22 @@ def demo_model():
 
 
 @pytest.fixture(scope="session")
-def shared_model():
-    """Return the folder of a model that stands beside the repository, or skip."""
+def shared():
+    """Return a path of the material that stands beside the repository, or skip."""
 
     def find(name):
-        folder = ROOT.parent / "shared" / "models" / name
-        if not folder.is_dir():
-            pytest.skip(f"there is no ../shared/models/{name}")
-        return folder
+        path = ROOT.parent / "shared" / name
+        if not path.exists():
+            pytest.skip(f"there is no ../shared/{name}")
+        return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def shared_model(shared):
+    """Return the folder of a model that stands beside the repository, or skip."""
+    return lambda name: shared(f"models/{name}")
 
 
 @pytest.fixture(scope="session")

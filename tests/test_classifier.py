@@ -235,12 +235,9 @@ def test_a_run_on_a_classifier(call_main, classifier, demo_model, tmp_path):
 
 # ---------------------------------------------------------------------------------- one that is good
 @pytest.fixture(scope="module")
-def sentences(script):
+def sentences(shared):
     """Return (label, text) pairs of sentences that people have judged, to train on and to test with."""
-    folder = script.parent.parent / "shared" / "data" / "sentiment"
-    if not folder.is_dir():
-        pytest.skip("there is no ../shared/data/sentiment")
-    parts = []
+    folder, parts = shared("data/sentiment"), []
     for name in ("train", "dev"):
         lines = (folder / f"stsa.binary.{name}").read_text(encoding="utf-8").splitlines()
         parts.append([(int(line[0]), line[2:]) for line in lines])

@@ -12,7 +12,6 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-from conftest import ROOT
 from transformers import AutoTokenizer
 
 import train_rlhf
@@ -588,16 +587,9 @@ def test_prompts_that_leave_no_room_for_a_response_are_left_out(
 
 
 @pytest.fixture(scope="module")
-def shared_data():
+def shared_data(shared):
     """Return a file of prompts that stands beside the repository, or skip."""
-
-    def find(name):
-        path = ROOT.parent / "shared" / "data" / name
-        if not path.is_file():
-            pytest.skip(f"there is no ../shared/data/{name}")
-        return str(path)
-
-    return find
+    return lambda name: str(shared(f"data/{name}"))
 
 
 def test_a_json_list_of_twelve_thousand_prompts_that_is_named_jsonl(shared_data):
