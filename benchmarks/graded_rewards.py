@@ -6,16 +6,13 @@ The rewards are the functions below. Every run is a process of its own with one 
 once as there are cores.
 """
 
-import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from learning import ROOT, commit, run_script
+
 SEEDS = range(3)
 VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
     "as it is": ([], ""),
@@ -59,19 +56,12 @@ REWARDS = (characters, brevity, variety, rarity)
 
 
 def run(reward, variant, seed):
-    """Return the report of one run; a run that fails stops the benchmark with what it printed."""
+    """Return the report of one run."""
     flags, patch = VARIANTS[variant]
-    program = f"import sys, train_rlhf\n{patch}\nsys.exit(train_rlhf.main(sys.argv[1:]))"
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "trained_model")
-        command = [sys.executable, "-c", program, "--model-name", str(ROOT / "demo_model"), *flags]
-        command += ["--reward", f"{Path(__file__).resolve()}:{reward.__name__}"]
-        command += ["--seed", str(seed), "--output-dir", str(output), "--save-every", "0"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if result.returncode:
-            raise SystemExit(f"{command} failed:\n{result.stdout}{result.stderr}")
-        return json.loads((output / "report.json").read_text())
+    function = f"{Path(__file__).resolve()}:{reward.__name__}"
+    flags = ["--model-name", str(ROOT / "demo_model"), "--reward", function, *flags]
+    report, _ = run_script(patch, flags, seed)
+    return report
 
 
 def row(reward, variant, reports):
@@ -102,11 +92,9 @@ def main():
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = dict(zip(tasks, pool.map(lambda task: run(*task), tasks)))
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     columns = "| | base score | trained | win rate | KL | least KL | distinct | learned |"
     where = f"demo_model, seeds 0 to {max(SEEDS)}, 900 samples, a CPU with one thread a run"
-    lines = [f"Commit {commit}, {where}.", "", columns, "|---" * 8 + "|"]
+    lines = [f"Commit {commit()}, {where}.", "", columns, "|---" * 8 + "|"]
     for reward in REWARDS:
         for variant in VARIANTS:
             lines.append(row(reward, variant, [results[reward, variant, s] for s in SEEDS]))

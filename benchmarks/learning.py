@@ -79,13 +79,15 @@ VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
 COLUMNS = "last 200 | worst seed | samples to 80 % | trained | held out | KL | least KL | distinct"
 
 
-def run(model, variant, seed, more_flags):
-    """Return the figures of one run; a run that fails stops the benchmark with what it printed."""
-    flags, patch = VARIANTS[variant]
+def run_script(patch, flags, seed):
+    """Return report and metrics of a run of train_rlhf.py, changed by a patch in Python.
+
+    A run that fails stops the benchmark with what it printed.
+    """
     program = f"import sys, train_rlhf\n{patch}\nsys.exit(train_rlhf.main(sys.argv[1:]))"
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "trained_model")
-        command = [sys.executable, "-c", program, *MODELS[model], *flags, *more_flags]
+        command = [sys.executable, "-c", program, *flags]
         command += ["--seed", str(seed), "--output-dir", str(output), "--save-every", "0"]
         result = subprocess.run(
             command,
@@ -95,9 +97,22 @@ def run(model, variant, seed, more_flags):
         )
         if result.returncode:
             output = result.stdout + result.stderr
-            raise SystemExit(f"{model}, {variant}, seed {seed} failed:\n{output}")
+            raise SystemExit(f"{' '.join(map(str, command))} failed:\n{output}")
+        lines = (output / "metrics.jsonl").read_text().splitlines()
         report = json.loads((output / "report.json").read_text())
-        metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        return report, [json.loads(line) for line in lines]
+
+
+def commit():
+    """Return the short name of the commit that is measured."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def run(model, variant, seed, more_flags):
+    """Return the figures of one run."""
+    flags, patch = VARIANTS[variant]
+    report, metrics = run_script(patch, [*MODELS[model], *flags, *more_flags], seed)
     batch = report["settings"]["batch_size"]
     rates = [record["success_rate"] for record in metrics]
     running = {
@@ -153,11 +168,9 @@ def main():
     tasks = [(m, v, seed) for m in models for v in variants for seed in range(options.seeds)]
     with ThreadPoolExecutor(options.jobs) as pool:
         results = dict(zip(tasks, pool.map(lambda task: run(*task, flags), tasks)))
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     samples = results[tasks[0]]["samples"]
     seeds = f"seeds 0 to {options.seeds - 1}, {samples} samples, a CPU with one thread a run"
-    lines = [f"Commit {commit}, {seeds}.", ""]
+    lines = [f"Commit {commit()}, {seeds}.", ""]
     lines += [f"| | {COLUMNS} |", "|---|" + "---|" * len(COLUMNS.split("|"))]
     for model in models:
         for variant in variants:
