@@ -18,7 +18,6 @@ import inspect
 import io
 import itertools
 import json
-import linecache
 import logging
 import math
 import os
@@ -30,10 +29,13 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 
 def missing_quotes(kind, error, trace):
@@ -48,22 +50,24 @@ def missing_quotes(kind, error, trace):
 
 if __name__ == "__main__" and "__file__" in globals():  # a script, not a cell of a notebook
     sys.excepthook = missing_quotes
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing takes seconds: no stack trace there
-for library in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
-    logging.getLogger(library).setLevel(logging.ERROR)  # here, since one speaks when it is imported
 
-import datasets
-import torch
-import transformers
-from accelerate.tracking import TensorBoardTracker
-from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, snapshot_download
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
-from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from trl.core import masked_mean
+
+class Library(ModuleType):
+    """A library that is imported where it is first used: --help and bad settings don't wait."""
+
+    def __getattr__(self, attribute):
+        """Return what the library has of that name."""
+        return getattr(importlib.import_module(self.__name__), attribute)
+
+
+accelerate = Library("accelerate")
+datasets = Library("datasets")
+huggingface_hub = Library("huggingface_hub")
+numpy = Library("numpy")
+peft = Library("peft")
+torch = Library("torch")
+transformers = Library("transformers")
+trl = Library("trl")
 
 # --- Model
 MODEL_NAME = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"  # a name on the Hub, or a local folder
@@ -72,8 +76,8 @@ LORA_RANK = 16  # rank of the update of each adapted layer; less saves memory, m
 LORA_ALPHA = 32  # the update is multiplied by LORA_ALPHA / LORA_RANK
 LORA_TARGETS = ["all-linear"]  # layers to adapt, by name; all-linear = all but the output head
 QUANTIZATION = "none"  # 8bit or 4bit keep the frozen weights small, with bitsandbytes; none = off
-DEVICE = "auto"  # cuda or cpu; auto = cuda where there is one
-DTYPE = "auto"  # float32, bfloat16 or float16 weights; auto = float32 on a CPU, 16 bits on a GPU
+DEVICE = "auto"  # cuda, mps (Apple) or cpu; auto = cuda where there is one, else cpu
+DTYPE = "auto"  # float32, bfloat16, float16; auto = 16 bits on a GPU or a CPU with AMX, else 32
 
 # --- Prompts
 PROMPTS = [  # texts to continue; a .txt, .jsonl, .json, .csv or .parquet file stands for its rows
@@ -105,9 +109,10 @@ TEMPERATURE = 1.0  # divides the logits of policy and base model everywhere; 1.0
 
 # --- PPO
 LEARNING_RATE = 3e-4  # of the first step; the later ones follow TARGET_APPROX_KL
-TARGET_APPROX_KL = 0.0025  # nats per token of a step, falling to 0; 0 = LEARNING_RATE stays
-PPO_EPOCHS = 4  # passes over a batch; 1 = every sample is used once (needs TARGET_APPROX_KL 0)
-MINI_BATCH_SIZE = 0  # responses in one update, a divisor of BATCH_SIZE; less saves memory; 0 = all
+TARGET_APPROX_KL = 0.008  # nats per token of a step, falling to 0; 0 = LEARNING_RATE stays
+PPO_EPOCHS = 2  # passes over a batch; 1 = every sample is used once (needs TARGET_APPROX_KL 0)
+MINI_BATCH_SIZE = 0  # responses at once, a divisor of BATCH_SIZE; memory grows with it; 0 = all
+GRADIENT_CHECKPOINTING = False  # True saves memory for long responses, for a third more time
 KL_COEF = 0.1  # price of one nat of KL against the base model, in scores; 0 = free to drift
 CLIP_RANGE = 0.2  # PPO's epsilon: nothing is gained by a probability ratio outside 1 ± CLIP_RANGE
 VALUE_CLIP_RANGE = 0.2  # the same for a value's change in one step, in units of the score
@@ -137,19 +142,14 @@ def run(settings):
     if settings.resume:  # look before anything is loaded
         check_resume(settings, RULES, count_steps(settings, rows), files)
     device, dtype = pick_device(settings.device, settings.dtype)
+    device = join_processes(device)
     reward, scale = load_reward(settings, rows + eval_rows, device)
-    remedy = "name a causal language model with config.json, *.safetensors and a tokenizer"
-    with blame("MODEL_NAME", settings.model_name, remedy):
-        path = find_model("MODEL_NAME", settings.model_name)
-        tokenizer = load_tokenizer(path)
-        rows = prompts_that_fit(path, tokenizer, rows, settings)
-        eval_rows = prompts_that_fit(path, tokenizer, eval_rows, settings)
-        model = load_base_model(path, device, dtype, settings.quantization)
+    model, tokenizer, rows, eval_rows = load_model(settings, rows, eval_rows, device, dtype)
     policy = make_policy(model, tokenizer, settings)
     trainer = make_trainer(policy, tokenizer, settings, device, dtype)
 
     with claim_output(settings.output_dir, settings.resume):
-        learner = trainer.model, trainer.optimizer, trainer.accelerator.scaler
+        learner = policy, trainer.optimizer, trainer.accelerator.scaler
         metrics = []
         if settings.resume:
             state = load_checkpoint(*learner, settings, RULES, count_steps(settings, rows), files)
@@ -159,37 +159,47 @@ def run(settings):
         save = partial(save_checkpoint, *learner, settings, metrics, scale=scale, files=files)
         if settings.success_threshold != "auto":
             scale = scale | {"threshold": settings.success_threshold}
-        train(trainer, tokenizer, reward, scale, rows, settings, metrics, save)
-        report, base_scores = make_report(
-            trainer, tokenizer, reward, scale, rows, eval_rows, settings, metrics
-        )
+        parts = trainer, policy, tokenizer, reward, scale
+        train(*parts, rows, settings, metrics, save)
+        report, base_scores = make_report(*parts, rows, eval_rows, settings, metrics)
         save_results(policy, tokenizer, report, base_scores, metrics, settings.output_dir)
         print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
+    trainer.accelerator.end_training()
 
 
-def train(trainer, tokenizer, reward, scale, rows, settings, metrics, save):
+def train(trainer, policy, tokenizer, reward, scale, rows, settings, metrics, save):
     """Take PPO steps until the samples are used up; append the record of each to metrics."""
     total_steps = count_steps(settings, rows)
+
+    def act(batch, numbers):
+        """Return what step needs, and the texts and scores, of a process's share of the batch."""
+        queries = encode(tokenizer, batch, settings.chat_template)
+        size = trainer.config.mini_batch_size
+        responses, texts = rollout(policy, tokenizer, queries, numbers, size)
+        scores, token_scores = score_responses(
+            reward, scale, tokenizer, batch, queries, responses, settings.score_prefixes
+        )
+        return queries, responses, token_scores, texts, scores
+
+    start = time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
     try:
         with stop_on_signal(True) as stop, open_log(settings, metrics, total_steps) as log:
             for step in range(len(metrics) + 1, total_steps + 1):
-                set_seed(settings.seed, step)
+                torch.manual_seed(settings.seed * 10**6 + step)  # a run can go on anywhere
                 batch = rows_of_step(step, rows, settings.batch_size, settings.seed)
-                queries = encode(tokenizer, batch, settings.chat_template)
-                responses, texts = rollout(trainer.model, tokenizer, queries)
-                scores, token_scores = score_responses(
-                    reward, scale, tokenizer, batch, queries, responses, settings.score_prefixes
-                )
+                numbers = random_numbers((settings.seed, step, 0), batch, settings.max_new_tokens)
+                queries, responses, token_scores, texts, scores = share_out(act, batch, numbers)
                 stats, kls = trainer.step(queries, responses, token_scores)
+                stats["seconds"] = time.perf_counter() - start
                 metrics.append(make_record(step, texts, scores, stats, scale, rows))
                 log(metrics, batch, texts, scores, kls)
                 give_up_on_bad_numbers(metrics)
                 set_learning_rate(trainer.optimizer, metrics, total_steps, settings)
-                stopping = stop.requested
+                stop.requested = max(accelerate.utils.gather_object([stop.requested]))
                 due = settings.save_every and step % settings.save_every == 0
-                if (due and not stats["skipped_updates"]) or stopping or step == total_steps:
+                if (due and not stats["skipped_updates"]) or stop.requested or step == total_steps:
                     save()
-                if stopping:
+                if stop.requested:
                     break
     except RunError:
         if metrics and not metrics[-1]["skipped_updates"]:
@@ -197,28 +207,11 @@ def train(trainer, tokenizer, reward, scale, rows, settings, metrics, save):
         raise
 
 
-def set_learning_rate(optimizer, metrics, total_steps, settings, limit=1.5):
-    """Set the rate with which the last step would have moved as far as the next one should.
-
-    The rates that suit small and large models differ by orders of magnitude, the nats per token
-    that a step moves do not; they grow with the square of the rate, which changes by the factor
-    `limit` at most. The target falls from TARGET_APPROX_KL to 0 as (1 - progress)^3: large steps
-    early, to get there, and ever finer ones later, since the noise of the last steps stays in the
-    result. An approx_kl of None was not finite: far too much.
-    """
-    target = settings.target_approx_kl * (1 - len(metrics) / total_steps) ** 3
-    approx_kl = metrics[-1]["approx_kl"]
-    factor = 0 if approx_kl is None else math.sqrt(target / max(approx_kl, 1e-12))
-    for group in optimizer.param_groups:
-        if settings.target_approx_kl > 0:
-            group["lr"] *= min(max(factor, 1 / limit), limit)
-
-
 # -------------------------------------------------------------------------------------- the policy
-class PolicyWithValueHead(AutoModelForCausalLMWithValueHead):
+class PolicyWithValueHead:
     """TRL's language model with a value head that also sees what a response has earned so far."""
 
-    def __init__(self, model, temperature):
+    def __init__(self, model, temperature, checkpointed):
         super().__init__(model, summary_dropout_prob=0.0)
         self.temperature = temperature
         self.is_peft_model = True  # tells TRL that the base model is this one with its adapter off
@@ -227,89 +220,82 @@ class PolicyWithValueHead(AutoModelForCausalLMWithValueHead):
             torch.nn.init.zeros_(parameter)  # random first values would be noise in the advantages
         arguments = inspect.signature(model.get_base_model().forward).parameters
         self.takes_positions = "position_ids" in arguments
+        self.takes_columns = "logits_to_keep" in arguments
+        self.checkpointed = checkpointed  # the layers that compute again what backward needs
 
     def forward(self, input_ids, attention_mask, earned):
-        """Return the logits that each response token was drawn from, and the value before it.
+        """Return the logprobs of all tokens at each place of the response, and the value before it.
 
         input_ids, attention_mask: (batch, query length + response length), as from pad_batch.
         earned: (batch, response length), the sum of the scores of the tokens before each one. A
         value, what is still to come, is a linear function of it with both coefficients learned.
-        Returns float32 logits (batch, response length, vocabulary), divided by TEMPERATURE as in
-        sampling, and values (batch, response length).
+        Returns float32 all_logprobs (batch, response length, vocabulary), of the logits divided by
+        TEMPERATURE as in sampling, and values (batch, response length).
         """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        length, response_length = input_ids.shape[1], earned.shape[1]
+        before = torch.arange(length - response_length - 1, length - 1, device=input_ids.device)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self.takes_positions:
             inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding has none
+        if self.takes_columns:
+            inputs["logits_to_keep"] = before  # a token is drawn where the one before it stands
+        for layer in self.checkpointed:
+            layer.gradient_checkpointing = torch.is_grad_enabled()
         logits, _, values = super().forward(**inputs)
-        before = slice(-earned.shape[1] - 1, -1)  # a token is drawn where the one before it stands
+        for layer in self.checkpointed:
+            layer.gradient_checkpointing = False  # with which generation would lose its cache
+        logits = logits if self.takes_columns else logits[:, before]
         values = values[:, before]
-        return logits[:, before] / self.temperature, values[..., 0] + values[..., 1] * earned
-
-
-def make_policy(model, tokenizer, settings):
-    """Add a LoRA adapter and a value head to the base model, both float32; set how it samples."""
-    # PPO needs the logprobs of the very distribution that is sampled: no top-k, penalty, minimum.
-    own = model.generation_config
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True,
-        temperature=settings.temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=settings.max_new_tokens,
-        bos_token_id=own.bos_token_id,
-        eos_token_id=end_tokens(own.eos_token_id, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    targets = settings.lora_targets
-    lora = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        lora_dropout=0.0,  # dropout would change the ratio of a policy to itself
-    )
-    torch.manual_seed(settings.seed)  # of the adapter's first values
-    with blame("LORA_TARGETS", targets, "name linear layers of this model, or all-linear"):
-        adapted = get_peft_model(model, lora)
-        names = " ".join(f".{name} " for name in adapted.base_model.targeted_module_names)
-        unknown = [target for target in targets if f".{target} " not in names]
-        if unknown and targets != ["all-linear"]:  # PEFT says so only where no name is known
-            raise ValueError(f"the model has no layer {unknown}")
-    return PolicyWithValueHead(adapted, settings.temperature).to(model.device).eval()
+        all_logprobs = torch.log_softmax(logits / self.temperature, dim=-1)
+        return all_logprobs, values[..., 0] + values[..., 1] * earned
 
 
 # ------------------------------------------------------------------------------------- the rollout
-@torch.no_grad()
-def rollout(policy, tokenizer, queries):
-    """Sample a response to each query, all at once, each up to its first end token.
+def rollout(policy, tokenizer, queries, numbers, size):
+    """Sample a response to each query, up to its first end token, `size` of them at once.
 
+    numbers: (batch, MAX_NEW_TOKENS), uniform in (0, 1], one for each token that is drawn.
     Returns the responses, 1-D tensors of token ids, and their texts.
     """
     model = policy.pretrained_model
-    batch = tokenizer.pad({"input_ids": queries}, padding_side="left", return_tensors="pt")
-    # Logits that are not finite become finite here; they end in a skipped update.
-    sequences = model.generate(**batch.to(model.device), remove_invalid_values=True)
-    end_ids = torch.tensor(model.generation_config.eos_token_id, device=model.device)
+    end_ids = torch.tensor(model.generation_config.eos_token_id)
     responses = []
-    for row in sequences[:, batch["input_ids"].shape[1] :]:  # without the query, which is no action
-        ends = torch.isin(row, end_ids).nonzero()
-        responses.append(row[: ends[0, 0] + 1] if len(ends) else row)
-    return responses, [response_text(tokenizer, *both) for both in zip(queries, responses)]
+    for start in progress(range(0, len(queries), size)):
+        some = {"input_ids": queries[start : start + size]}
+        inputs = tokenizer.pad(some, padding_side="left", return_tensors="pt").to(model.device)
+        width = inputs["input_ids"].shape[1]
+        given = numbers[start : start + size].to(model.device)
+        draw = partial(draw_tokens, given, width, model.generation_config.temperature)
+        draw = transformers.LogitsProcessorList([draw])
+        with torch.no_grad():
+            sequences = model.generate(**inputs, do_sample=False, logits_processor=draw)
+        for row in sequences[:, width:].cpu():  # without the query, which is no action
+            ends = torch.isin(row, end_ids).nonzero()
+            responses.append(row[: ends[0, 0] + 1] if len(ends) else row)
+    both = zip(queries, responses)
+    return responses, [texts_of(tokenizer, query, [response])[0] for query, response in both]
 
 
-def response_text(tokenizer, query, response):
-    """Return the text that the response adds to the query's, with the space before it, if any."""
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    both = tokenizer.decode([*query.tolist(), *response.tolist()], **options)
-    return both[len(tokenizer.decode(query, **options)) :]
+def draw_tokens(numbers, width, temperature, sequences, logits):
+    """Return logits that leave only one token: the first up to which probabilities sum to a number.
+
+    Sampled thus a response depends on its own numbers alone, however the batch is put together.
+    numbers: as above. width: of the queries. sequences: (batch, length). logits: of the next token.
+    """
+    # Logits that are not finite become finite here; they end in a skipped update.
+    logits = (logits.float() / temperature).nan_to_num()
+    sums = torch.softmax(logits, dim=-1).cumsum(-1)
+    number = numbers[:, sequences.shape[1] - width, None]
+    tokens = torch.searchsorted(sums, number * sums[:, -1:])
+    return torch.full_like(logits, -math.inf).scatter(1, tokens, 0.0)
 
 
-def pad_batch(tokenizer, queries, responses):
+def pad_batch(tokenizer, queries, responses, device):
     """Put the queries, padded on the left, before the responses, padded on the right.
 
     Returns input_ids and attention_mask by name, both (batch, query length + response length), and
-    the mask of the response tokens (batch, response length), on the device of the responses.
+    the mask of the response tokens (batch, response length).
     """
-    device = responses[0].device  # which pad does not keep
     left = tokenizer.pad({"input_ids": queries}, padding_side="left", return_tensors="pt")
     right = tokenizer.pad({"input_ids": responses}, padding_side="right", return_tensors="pt")
     left, right = left.to(device), right.to(device)
@@ -346,7 +332,7 @@ def score_responses(reward, scale, tokenizer, rows, queries, responses, score_pr
     asked, texts, counts = [], [], []
     for row, query, response in zip(rows, queries, responses):
         ends = range(0 if score_prefixes else len(response), len(response) + 1)
-        texts += [response_text(tokenizer, query, response[:end]) for end in ends]
+        texts += texts_of(tokenizer, query, [response[:end] for end in ends])
         asked += [row] * len(ends)
         counts.append(len(ends))
     scores, token_scores = [], []
@@ -360,7 +346,7 @@ def score_responses(reward, scale, tokenizer, rows, queries, responses, score_pr
 
 
 # ------------------------------------------------------------------------------------ the PPO step
-class ExactKLTrainer(PPOTrainer):
+class ExactKLTrainer:
     """TRL's PPOTrainer, its step written out, with exact KLs and a score for each token.
 
     The KL against the base model is summed over the whole vocabulary at each position t,
@@ -378,24 +364,35 @@ class ExactKLTrainer(PPOTrainer):
 
         queries, responses: lists of 1-D tensors of token ids. token_scores: what each token of each
         response earns, 1-D float tensors. Below, tensors are (batch, response length), and those
-        that begin with all_ have the vocabulary as a third dimension.
+        that begin with all_ have the vocabulary as a third dimension, and only a minibatch of rows.
+        Of several processes each has the whole batch, and does its share of each minibatch.
         """
-        config = self.config
+        config, accelerator = self.config, self.accelerator
         kl_coef = self.kl_ctl.value  # which stays as it is
-        inputs, mask = pad_batch(self.tokenizer, queries, responses)
+        inputs, mask = pad_batch(self.tokenizer, queries, responses, accelerator.device)
         tokens = inputs["input_ids"][:, -mask.shape[1] :]
-        token_scores = pad_sequence(token_scores, batch_first=True).to(mask.device)
+        token_scores = torch.nn.utils.rnn.pad_sequence(token_scores, True).to(mask.device)
         inputs["earned"] = token_scores.cumsum(1) - token_scores  # before each token
 
-        # The policy that sampled, and the base model: the same network with its adapter off.
-        all_logprobs, values = self.forward_pass(inputs)
-        with self.optional_peft_ctx():
-            all_ref_logprobs, _ = self.forward_pass(inputs)
-        logprobs = of_tokens(all_logprobs, tokens)
+        # The policy that sampled, and the base model. Where one minibatch is the whole batch, this
+        # pass of the policy is that of the first update too, and the base model's that of all.
+        order = torch.arange(len(mask), device=mask.device)
+        whole = config.mini_batch_size >= len(mask)
+        logprobs, values, kl = torch.zeros(3, *mask.shape, device=mask.device)
+        for rows in order.split(config.mini_batch_size):
+            rows = self.share(rows)
+            batch = {name: inputs[name][rows] for name in inputs}
+            all_ref_logprobs = self.ref_pass(batch)
+            with torch.set_grad_enabled(whole):
+                all_new_logprobs, new_values = self.model(**batch)
+                new_kl = self._kl_penalty(all_new_logprobs, all_ref_logprobs)  # KL(first || second)
+            logprobs[rows] = of_tokens(all_new_logprobs, tokens[rows]).detach()
+            values[rows] = new_values.detach()
+            kl[rows] = new_kl.detach()
+        logprobs, values, kl = accelerator.reduce(torch.stack([logprobs, values, kl]), "sum")
 
-        # Rewards: the scores less the price of KL(policy || base model). TRL's _kl_penalty is the
-        # KL(first || second) of its arguments.
-        kl = self._kl_penalty(all_logprobs, all_ref_logprobs) * mask
+        # Rewards: the scores less the price of KL(policy || base model).
+        kl = kl * mask
         rewards = token_scores - kl_coef * kl
 
         # Advantages and returns, by TRL's GAE. TRL whitens its advantages, which would blow up the
@@ -403,52 +400,60 @@ class ExactKLTrainer(PPOTrainer):
         values, _whitened, returns = self.compute_advantages(values, rewards, mask)
         advantages = (returns - values) * mask
 
+        of_trl = "loss/policy", "loss/value", "policy/approxkl", "policy/clipfrac", "policy/entropy"
         updates, skipped_updates = [], 0
-        scaler = self.accelerator.scaler  # of the loss, for float16; else None
         max_norm = config.max_grad_norm or math.inf
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for _ in range(config.ppo_epochs):
-            for rows in torch.randperm(config.batch_size).split(config.mini_batch_size):
-                logits, new_values = self.model(**{name: inputs[name][rows] for name in inputs})
-                all_new_logprobs = torch.log_softmax(logits, dim=-1)
+        for epoch in range(config.ppo_epochs):
+            if not whole:
+                order = order[torch.randperm(len(order))]
+                order = accelerate.utils.broadcast(order)  # the same in all processes
+            for rows in order.split(config.mini_batch_size):
+                tokens_of_all = mask[rows].sum()
+                rows = self.share(rows)
+                part = mask[rows].sum() / tokens_of_all  # of the minibatch, 1 for a single process
+                batch = {name: inputs[name][rows] for name in inputs}
+                if not whole:
+                    all_ref_logprobs = self.ref_pass(batch)
+                if epoch or not whole:
+                    all_new_logprobs, new_values = self.model(**batch)
+                    new_kl = self._kl_penalty(all_new_logprobs, all_ref_logprobs)
 
                 # TRL's clipped losses, means per token; the value loss has its VF_COEF already.
                 policy_loss, value_loss, stats = self.loss(
                     old_logprobs=logprobs[rows],
                     values=values[rows],
-                    logits=logits,
+                    logits=all_new_logprobs.detach(),  # for the entropy
                     vpreds=new_values,
                     logprobs=of_tokens(all_new_logprobs, tokens[rows]),
                     mask=mask[rows],
                     advantages=advantages[rows],
                     returns=returns[rows],
                 )
-                new_kl = self._kl_penalty(all_new_logprobs, all_ref_logprobs[rows])
-                loss = policy_loss + kl_coef * masked_mean(new_kl, mask[rows]) + value_loss
+                mean_kl = trl.core.masked_mean(new_kl, mask[rows])
+                loss = policy_loss + kl_coef * mean_kl + value_loss
+                figures = torch.stack([loss.detach(), *(stats[name] for name in of_trl)])
+                updates.append(accelerator.reduce(figures * part, "sum"))
 
                 # An update whose loss or gradient is not finite is skipped: nothing moves. float16's
                 # scaler must be asked all the same. It leaves out an update with bad gradients by
                 # itself and lowers its scale; that is its way to find one, so it is not counted.
-                self.accelerator.backward(loss)
-                norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
-                finite = loss.isfinite() & norm.isfinite()
-                if finite or scaler:
+                # The gradients of several processes are averaged, where their sum is wanted.
+                accelerator.backward(loss * part * accelerator.num_processes)
+                norm = accelerator.clip_grad_norm_(parameters, max_norm)
+                finite_loss = updates[-1][0].isfinite()
+                finite = finite_loss & norm.isfinite()
+                if finite or accelerator.scaler:
                     self.optimizer.step()
                 self.optimizer.zero_grad()
-                skipped_updates += int(not (loss.isfinite() if scaler else finite))
+                skipped_updates += int(not (finite_loss if accelerator.scaler else finite))
 
-                step_kl = self._kl_penalty(all_logprobs[rows], all_new_logprobs.detach())
-                update = {
-                    "policy_loss": stats["loss/policy"],
-                    "value_loss": stats["loss/value"],
-                    "approx_kl": masked_mean(step_kl, mask[rows]),  # what earlier updates moved
-                    "clip_fraction": stats["policy/clipfrac"],
-                    "entropy": stats["policy/entropy"],
-                }
-                updates.append(update)
-        means = {}
-        for name in updates[0]:
-            means[name] = torch.stack([update[name] for update in updates]).mean().item()
+        names = ["policy_loss", "value_loss", "approx_kl", "clip_fraction", "entropy"]
+        means = dict(zip(names, torch.stack(updates)[:, 1:].mean(0).tolist()))
+        # Each approx_kl was measured before its update, from the policy that sampled; wanted is the
+        # one after the last. The way grows with the number of updates, the KL with its square.
+        squares = [number**2 for number in range(len(updates) + 1)]
+        means["approx_kl"] *= len(updates) * squares[-1] / max(sum(squares[:-1]), 1)
         metrics = {
             "kl": kl.sum(1).mean().item(),  # nats per response, of the policy that sampled
             "kl_coef": kl_coef,
@@ -458,15 +463,14 @@ class ExactKLTrainer(PPOTrainer):
         }
         return metrics, kl.sum(1).tolist()
 
-    @torch.no_grad()
-    def forward_pass(self, inputs):
-        """Return all_logprobs and values of a batch, MINI_BATCH_SIZE rows at a time."""
-        size, parts = self.config.mini_batch_size, []
-        for start in range(0, len(inputs["input_ids"]), size):
-            rows = slice(start, start + size)
-            parts.append(self.model(**{name: inputs[name][rows] for name in inputs}))
-        logits, values = (torch.cat(tensors) for tensors in zip(*parts))
-        return torch.log_softmax(logits, dim=-1), values
+    def share(self, rows):
+        """Return the part of the rows that this process takes on: all, where it is the only one."""
+        return rows.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
+
+    def ref_pass(self, batch):
+        """Return all_logprobs of the base model, which is the policy with its adapter off."""
+        with torch.no_grad(), self.optional_peft_ctx():
+            return self.accelerator.unwrap_model(self.model)(**batch)[0]
 
 
 def of_tokens(all_logprobs, tokens):
@@ -477,24 +481,19 @@ def of_tokens(all_logprobs, tokens):
 def make_trainer(policy, tokenizer, settings, device, dtype):
     """Return the trainer; its optimizer, TRL's Adam, holds the adapter and the value head alone."""
     precision = "fp16" if dtype == "float16" else "no"  # scales the loss, or gradients vanish
-    config = PPOConfig(
-        seed=settings.seed,
-        batch_size=settings.batch_size,
+    same = ("seed", "batch_size", "ppo_epochs", "learning_rate", "max_grad_norm", "vf_coef")
+    config = trl.PPOConfig(
+        **{name: getattr(settings, name) for name in (*same, "gamma", "lam")},
         mini_batch_size=settings.mini_batch_size or settings.batch_size,
-        ppo_epochs=settings.ppo_epochs,
-        learning_rate=settings.learning_rate,
-        max_grad_norm=settings.max_grad_norm,
         cliprange=settings.clip_range,
         cliprange_value=settings.value_clip_range,
-        vf_coef=settings.vf_coef,
-        gamma=settings.gamma,
-        lam=settings.lam,
         init_kl_coef=settings.kl_coef,
         adap_kl_ctrl=False,  # TRL's controller takes some 10,000 samples to act
         kl_penalty="full",  # the exact KL
-        accelerator_kwargs={"cpu": device == "cpu", "mixed_precision": precision},
+        accelerator_kwargs={"cpu": device.type == "cpu", "mixed_precision": precision},
     )
-    return ExactKLTrainer(config, policy, ref_model=None, tokenizer=tokenizer)
+    kind = joined(ExactKLTrainer, trl.PPOTrainer)
+    return kind(config, policy, ref_model=None, tokenizer=tokenizer)
 
 
 # =================================================================== nothing below this line is PPO
@@ -505,9 +504,31 @@ def count_steps(settings, rows):
     return math.ceil(samples / settings.batch_size)
 
 
-def set_seed(seed, step=0):
-    """Let the random numbers that follow depend on seed and step alone: a run can go on anywhere."""
-    torch.manual_seed(seed * 10**6 + step)
+def set_learning_rate(optimizer, metrics, total_steps, settings, limit=1.5):
+    """Set the rate with which the last step would have moved as far as the next one should.
+
+    The rates that suit small and large models differ by orders of magnitude, the nats per token
+    that a step moves do not; they grow with the square of the rate, which changes by the factor
+    `limit` at most. The target falls from TARGET_APPROX_KL to 0 as (1 - progress)^3: large steps
+    early, to get there, and ever finer ones later, since the noise of the last steps stays in the
+    result. An approx_kl of None was not finite: far too much.
+    """
+    target = settings.target_approx_kl * (1 - len(metrics) / total_steps) ** 3
+    approx_kl = metrics[-1]["approx_kl"]
+    factor = 0 if approx_kl is None else math.sqrt(target / max(approx_kl, 1e-12))
+    for group in optimizer.param_groups:
+        if settings.target_approx_kl > 0:
+            group["lr"] *= min(max(factor, 1 / limit), limit)
+
+
+def random_numbers(key, rows, length):
+    """Return (rows, length) float32 numbers, uniform in (0, 1].
+
+    Those of a row depend on the key, three whole numbers, and on its place alone, so that a run can
+    go on anywhere, with batches of any size and any number of processes.
+    """
+    drawn = [numpy.random.default_rng([*key, place]).random(length) for place in range(len(rows))]
+    return torch.tensor(1 - numpy.array(drawn), dtype=torch.float32)
 
 
 def make_record(step, texts, scores, stats, scale, rows):
@@ -544,15 +565,10 @@ def give_up_on_bad_numbers(metrics):
 
 
 # --------------------------------------------------------------------------------- the measurement
-def sample(policy, tokenizer, rows, samples, settings):
-    """Yield rows, queries, responses and texts of that many samples, EVAL_BATCH_SIZE at a time."""
+def rows_to_measure(rows, samples):
+    """Return the rows of that many samples, or a few more: each of them as often, in order."""
     rows = rows[:: math.ceil(len(rows) / samples)]  # of many, some
-    asked = [row for row in rows for _ in range(math.ceil(samples / len(rows)))]
-    starts = range(0, len(asked), settings.eval_batch_size)
-    for start in tqdm(starts, leave=False, disable=None):
-        batch = asked[start : start + settings.eval_batch_size]
-        queries = encode(tokenizer, batch, settings.chat_template)
-        yield batch, queries, *rollout(policy, tokenizer, queries)
+    return [row for row in rows for _ in range(math.ceil(samples / len(rows)))]
 
 
 AS_IT_IS = {"mean": 0.0, "deviation": 1.0, "graded": False, "threshold": None}  # no scale at all
@@ -562,10 +578,15 @@ def measure_scale(policy, tokenizer, reward, rows, settings):
     """Return what on_scale needs, from samples of the base model, and the threshold of a success."""
     if not settings.scale_samples:
         return AS_IT_IS
-    set_seed(settings.seed)
-    scores = []
-    for batch, _, _, texts in sample(policy, tokenizer, rows, settings.scale_samples, settings):
-        scores += reward(batch, texts)
+
+    def act(rows, numbers):
+        queries = encode(tokenizer, rows, settings.chat_template)
+        _, texts = rollout(policy, tokenizer, queries, numbers, settings.eval_batch_size)
+        return (reward(rows, texts),)
+
+    asked = rows_to_measure(rows, settings.scale_samples)
+    numbers = random_numbers((settings.seed, 0, 0), asked, settings.max_new_tokens)
+    (scores,) = share_out(act, asked, numbers)
     scores = torch.tensor(scores, dtype=torch.float64)
     if len(scores.unique()) <= 2:  # a rule is left as it is; its higher score is a success
         values = " or ".join(f"{value:g}" for value in scores.unique().tolist())
@@ -586,18 +607,18 @@ def on_scale(scores, scale):
     return scaled.asinh() if scale["graded"] else scaled
 
 
-def make_report(trainer, tokenizer, reward, scale, rows, eval_rows, settings, metrics):
+def make_report(trainer, policy, tokenizer, reward, scale, rows, eval_rows, settings, metrics):
     """Return the content of report.json, and the base model's scores on the training's prompts."""
     print(f"\nMeasuring before and after, {settings.eval_samples} samples each time", flush=True)
     base, trained, base_scores = {}, {}, {}
     parts = {"train_prompts": rows, "eval_prompts": eval_rows}
-    for number, (part, asked) in enumerate(parts.items()):
+    for number, (part, asked) in enumerate(parts.items(), start=1):
         if asked:
-            measured = trainer, tokenizer, reward, scale, asked, settings
-            set_seed(settings.seed, -number)  # each part has random numbers of its own
-            with trainer.optional_peft_ctx():
-                base[part], base_scores[part] = measure(*measured)
-            set_seed(settings.seed, -number)  # the same before and after
+            asked = rows_to_measure(asked, settings.eval_samples)
+            key = settings.seed, 0, number  # the same random numbers before and after
+            numbers = random_numbers(key, asked, settings.max_new_tokens)
+            measured = trainer, policy, tokenizer, reward, scale, asked, numbers, settings
+            base[part], base_scores[part] = measure(*measured, base=True)
             trained[part], scores = measure(*measured)
             wins = (torch.sign(scores - base_scores[part]) + 1) / 2  # for a prompt; a tie is a half
             minimum = kl_minimum(trained[part]["score"], base_scores[part])
@@ -608,7 +629,7 @@ def make_report(trainer, tokenizer, reward, scale, rows, eval_rows, settings, me
     least_error = rise / math.sqrt(2 * before["samples"])  # a few samples may have no spread
     error = math.hypot(before["standard_error"], after["standard_error"], least_error)
     libraries = ("torch", "transformers", "trl", "peft", "accelerate")
-    device, backbone = trainer.accelerator.device.type, trainer.model.pretrained_model
+    device, backbone = trainer.accelerator.device, policy.pretrained_model
     report = {
         "settings": vars(settings),
         "versions": {library: importlib.metadata.version(library) for library in libraries},
@@ -628,19 +649,22 @@ def make_report(trainer, tokenizer, reward, scale, rows, eval_rows, settings, me
     return report, base_scores["train_prompts"]
 
 
-def measure(trainer, tokenizer, reward, scale, rows, settings):
-    """Return the figures of the model as it is on EVAL_SAMPLES fresh responses, and their scores."""
-    texts, scores, kls, ref_logprobs, tokens, first_sample = [], [], [], [], 0, {}
-    batches = sample(trainer.model, tokenizer, rows, settings.eval_samples, settings)
-    for batch, queries, responses, said in batches:
-        kl, ref_logprob = compare_with_base(trainer, queries, responses)
-        texts += said
-        scores += reward(batch, said)
-        kls += kl.tolist()
-        ref_logprobs += ref_logprob.tolist()
-        tokens += sum(map(len, responses))
-        for row, text in zip(batch, said):
-            first_sample.setdefault(last_said(row["prompt"]), text)
+def measure(trainer, policy, tokenizer, reward, scale, rows, numbers, settings, base=False):
+    """Return the figures of the model, or the base model, on a response to each row, and the scores."""
+
+    def act(rows, numbers):
+        """Return what is measured on this process's share of the samples."""
+        queries = encode(tokenizer, rows, settings.chat_template)
+        with trainer.optional_peft_ctx() if base else nullcontext():
+            size = settings.eval_batch_size
+            responses, texts = rollout(policy, tokenizer, queries, numbers, size)
+        kls, ref_logprobs = compare_with_base(trainer, policy, queries, responses, base)
+        return texts, reward(rows, texts), kls, ref_logprobs, [len(each) for each in responses]
+
+    texts, scores, kls, ref_logprobs, lengths = share_out(act, rows, numbers)
+    first_sample = {}
+    for row, text in zip(rows, texts):
+        first_sample.setdefault(last_said(row["prompt"]), text)
     if not math.isfinite(sum(kls)):
         remedy = "set DTYPE to float32, or lower TARGET_APPROX_KL"
         raise RunError(f"what was measured is not finite: {remedy}")
@@ -652,22 +676,33 @@ def measure(trainer, tokenizer, reward, scale, rows, settings):
         "success_rate": success_rate(scores, scale["threshold"]),
         "kl": sum(kls) / len(kls),
         "distinct": len(set(texts)) / len(texts),
-        "perplexity_under_base": math.exp(min(-sum(ref_logprobs) / tokens, 700)),  # no overflow
+        "perplexity_under_base": math.exp(min(-sum(ref_logprobs) / sum(lengths), 700)),
         "first_sample": first_sample,
     }
     return figures, all_scores
 
 
-def compare_with_base(trainer, queries, responses):
-    """Return each response's KL(model || base model) in nats and base logprob, both (batch,)."""
-    inputs, mask = pad_batch(trainer.tokenizer, queries, responses)
-    inputs["earned"] = torch.zeros_like(mask)  # on which the values alone depend
-    all_logprobs, _ = trainer.forward_pass(inputs)
-    with trainer.optional_peft_ctx():
-        all_ref_logprobs, _ = trainer.forward_pass(inputs)
-    kl = trainer._kl_penalty(all_logprobs, all_ref_logprobs)
-    ref_logprobs = of_tokens(all_ref_logprobs, inputs["input_ids"][:, -mask.shape[1] :])
-    return (kl * mask).sum(1), (ref_logprobs * mask).sum(1)
+def compare_with_base(trainer, policy, queries, responses, base):
+    """Return each response's KL(model || base model) in nats and base logprob, as lists.
+
+    The KL of the base model itself, with base, is 0 and takes no pass.
+    """
+    kls, ref_logprobs = [], []
+    size = trainer.config.mini_batch_size
+    for start in progress(range(0, len(queries), size)):
+        some = queries[start : start + size], responses[start : start + size]
+        inputs, mask = pad_batch(trainer.tokenizer, *some, trainer.accelerator.device)
+        inputs["earned"] = torch.zeros_like(mask)  # on which the values alone depend
+        all_ref_logprobs = trainer.ref_pass(inputs)
+        tokens = inputs["input_ids"][:, -mask.shape[1] :]
+        ref_logprobs += (of_tokens(all_ref_logprobs, tokens) * mask).sum(1).tolist()
+        kl = torch.zeros_like(all_ref_logprobs[:, :, 0])
+        if not base:
+            with torch.no_grad():
+                all_logprobs, _ = policy(**inputs)
+            kl = trainer._kl_penalty(all_logprobs, all_ref_logprobs)
+        kls += (kl * mask).sum(1).tolist()
+    return kls, ref_logprobs
 
 
 def kl_minimum(score, base_scores):
@@ -764,7 +799,7 @@ def load_classifier(settings, device):
         path = find_model("REWARD", name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         kind = transformers.AutoModelForSequenceClassification
-        model = load_weights(kind, path, dtype="float32", device_map={"": device}).eval()
+        model = load_weights(kind, path, dtype="float32", device_map={"": str(device)}).eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     labels = [text.lower() for _, text in sorted(model.config.id2label.items())]
@@ -778,13 +813,13 @@ def load_classifier(settings, device):
     options |= {"max_length": min(tokenizer.model_max_length, context), "return_tensors": "pt"}
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"  # the response is the end
 
-    @torch.no_grad()
     def classifier(prompts, completions):
         texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
         scores = []
         for start in range(0, len(texts), settings.eval_batch_size):
             some = texts[start : start + settings.eval_batch_size]
-            logits = model(**tokenizer(some, **options).to(device)).logits
+            with torch.no_grad():
+                logits = model(**tokenizer(some, **options).to(device)).logits
             score = logits[:, 0]
             if len(labels) > 1:  # log-odds
                 score = logits[:, labels.index(label)] - logits[:, others].logsumexp(1)
@@ -814,8 +849,7 @@ def read_prompts(prompts, eval_prompts, prompt_field, seed):
     count = len({str(row["prompt"]) for row in rows} - {""})
     rows, eval_rows = list(unique.values())[:count], list(unique.values())[count:]
     if holds_out and count > 1:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-        rows = [rows[index] for index in order]
+        rows = [rows[index] for index in numpy.random.default_rng(seed).permutation(count)]
         eval_rows, rows = rows[: math.ceil(count / 10)], rows[math.ceil(count / 10) :]
     return rows, eval_rows, len(given) - len(unique)
 
@@ -901,10 +935,17 @@ def rows_of_step(step, rows, batch_size, seed):
     batch = []
     for index in range((step - 1) * batch_size, step * batch_size):
         epoch, place = divmod(index, len(rows))
-        generator = torch.Generator().manual_seed(seed * 10**6 + epoch)
-        order = torch.randperm(len(rows), generator=generator)
+        order = numpy.random.default_rng([seed, epoch]).permutation(len(rows))
         batch.append(rows[order[place]])
     return batch
+
+
+def texts_of(tokenizer, query, responses):
+    """Return the texts that responses add to the query's, with the space before it, if any."""
+    both = [torch.cat([query, response]) for response in responses]
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before, *texts = tokenizer.batch_decode([query, *both], **options)
+    return [text[len(before) :] for text in texts]
 
 
 def encode(tokenizer, rows, chat_template):
@@ -930,13 +971,13 @@ RULES = [  # what a constant takes, within what, whether --resume may change it,
     ("text", (), False, "MODEL_NAME REWARD REWARD_LABEL PROMPT_FIELD"),
     ("text", (), True, "OUTPUT_DIR"),
     ("text", ("none", "8bit", "4bit"), False, "QUANTIZATION"),
-    ("text", ("auto", "cpu", "cuda"), True, "DEVICE"),
+    ("text", ("auto", "cpu", "cuda", "mps"), True, "DEVICE"),
     ("text", ("auto", "float32", "bfloat16", "float16"), False, "DTYPE"),
     ("text", ("none", "tensorboard"), True, "REPORT_TO"),
     ("list of texts", 1, False, "LORA_TARGETS POSITIVE_WORDS PROMPTS"),
     ("list of texts", 0, False, "EVAL_PROMPTS"),
     ("switch", None, False, "SCORE_PREFIXES CHAT_TEMPLATE"),
-    ("switch", None, True, "RESUME"),
+    ("switch", None, True, "RESUME GRADIENT_CHECKPOINTING"),
     ("whole number", (1, 10**6), False, "LORA_RANK LORA_ALPHA"),
     ("whole number", (1, 10**6), False, "BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS"),
     ("whole number", (1, 10**6), True, "EVAL_SAMPLES EVAL_BATCH_SIZE LOG_EVERY"),
@@ -1020,7 +1061,8 @@ def read_settings(argv, constants, rules, checks):
 def read_flags(argv, constants, rules):
     """Return {constant: value} of the flags in argv, and a list of problems; --help ends here."""
     if "--help" in argv or "-h" in argv:
-        source = "".join(linecache.getlines(constants.get("__file__", "")))  # none in a notebook
+        path = constants.get("__file__", os.devnull)  # none in a notebook
+        source = Path(path).read_text(encoding="utf-8")
         block = "".join(re.findall("^# --- .+?(?=^# -----)", source, re.M | re.S))
         flags = re.sub("^[A-Z_]+", lambda name: flag_of(name[0]), block, flags=re.M)
         print(f"usage: {Path(sys.argv[0]).name} [--flag VALUE …]", end="    ")
@@ -1051,6 +1093,11 @@ def flag_of(name):
 
 def check_batches(batch_size, mini_batch_size, ppo_epochs, target_approx_kl):
     """Refuse batches that can't be divided, and a step that can't be measured."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > (mini_batch_size or batch_size):
+        name = "MINI_BATCH_SIZE" if mini_batch_size else "BATCH_SIZE"
+        remedy = f"give at least {processes}, a response for each process"
+        raise SettingsError(f"{name} is {mini_batch_size or batch_size}: {remedy}")
     if mini_batch_size and batch_size % mini_batch_size:
         remedy = f"give 0 or a divisor of BATCH_SIZE, {batch_size}"
         raise SettingsError(f"MINI_BATCH_SIZE is {mini_batch_size}: {remedy}")
@@ -1061,8 +1108,8 @@ def check_batches(batch_size, mini_batch_size, ppo_epochs, target_approx_kl):
 
 def check_installed(device, dtype, report_to):
     """Refuse a device, a dtype or a tracker that is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("DEVICE is cuda: give cpu, since PyTorch sees no GPU")
+    if device in ("cuda", "mps") and not getattr(torch, device).is_available():
+        raise SettingsError(f"DEVICE is {device}: give cpu, since PyTorch sees no such GPU")
     if dtype == "float16" and pick_device(device, dtype)[0] == "cpu":
         raise SettingsError("DTYPE is float16: give float32 or bfloat16 on a CPU")
     if report_to != "none" and not importlib.util.find_spec(report_to):
@@ -1109,16 +1156,32 @@ def find_model(setting, name):
     files = {"allow_patterns": ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]}
     files["ignore_patterns"] = ["*/*"]  # folders hold the same weights in other formats
     try:
-        HfApi().model_info(name, timeout=5)
+        huggingface_hub.HfApi().model_info(name, timeout=5)
         print(f"Fetching what the cache lacks of {name} from the Hub", flush=True)
-        return snapshot_download(name, **files)
+        return huggingface_hub.snapshot_download(name, **files)
     except Exception as error:  # no answer: a copy in the cache has to do
         with suppress(Exception):
-            return snapshot_download(name, local_files_only=True, **files)
+            return huggingface_hub.snapshot_download(name, local_files_only=True, **files)
         problem = f"{setting} is {shorten(name)}: there is no such folder, the cache lacks it, and "
         problem += f"the Hub does not give it ({shorten(error)})"
         remedy = "check name and connection, or run: hf auth login; offline there is demo_model"
         raise SettingsError(f"{problem}: {remedy}") from error
+
+
+def load_model(settings, rows, eval_rows, device, dtype):
+    """Return the base model, its tokenizer, and those of the rows whose prompts fit into it."""
+    remedy = "name a causal language model with config.json, *.safetensors and a tokenizer"
+    with blame("MODEL_NAME", settings.model_name, remedy):
+        path = find_model("MODEL_NAME", settings.model_name)
+        tokenizer = load_tokenizer(path)
+        rows = prompts_that_fit(path, tokenizer, rows, settings)
+        eval_rows = prompts_that_fit(path, tokenizer, eval_rows, settings)
+        return (
+            load_base_model(path, device, dtype, settings.quantization),
+            tokenizer,
+            rows,
+            eval_rows,
+        )
 
 
 def load_tokenizer(path):
@@ -1161,12 +1224,59 @@ def prompts_that_fit(path, tokenizer, rows, settings):
     return fitting
 
 
+def make_policy(model, tokenizer, settings):
+    """Add a LoRA adapter and a value head to the base model, both float32; set how it samples."""
+    # PPO needs the logprobs of the very distribution that is sampled: no top-k, penalty, minimum.
+    own = model.generation_config
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True,
+        temperature=settings.temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=settings.max_new_tokens,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=end_tokens(own.eos_token_id, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    checkpointed = []
+    if settings.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        layer = transformers.modeling_layers.GradientCheckpointingLayer
+        checkpointed = [each for each in model.modules() if isinstance(each, layer)]
+    targets = settings.lora_targets
+    lora = peft.LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        lora_dropout=0.0,  # dropout would change the ratio of a policy to itself
+    )
+    torch.manual_seed(settings.seed)  # of the adapter's first values
+    with blame("LORA_TARGETS", targets, "name linear layers of this model, or all-linear"):
+        adapted = peft.get_peft_model(model, lora)
+        names = " ".join(f".{name} " for name in adapted.base_model.targeted_module_names)
+        unknown = [target for target in targets if f".{target} " not in names]
+        if unknown and targets != ["all-linear"]:  # PEFT says so only where no name is known
+            raise ValueError(f"the model has no layer {unknown}")
+    kind = joined(PolicyWithValueHead, trl.AutoModelForCausalLMWithValueHead)
+    policy = kind(adapted, settings.temperature, checkpointed).to(model.device).eval()
+    for layer in checkpointed:
+        layer.training = True  # a condition of transformers; what is in the layer is not, and the
+        layer.gradient_checkpointing = False  # layer's own dropout, if it has one, goes
+        vars(layer).update({name: 0.0 for name in vars(layer) if name.endswith("dropout")})
+    return policy
+
+
+def joined(own, other):
+    """Return the class of the script with that of a library, which takes seconds to import, as base."""
+    return type(own.__name__, (own, other), {})
+
+
 def load_base_model(path, device, dtype, quantization):
     """Load a language model, its weights in 16 or 32 bits, or in 8 or 4 with quantization."""
-    options = {"dtype": dtype, "device_map": {"": device}}
+    options = {"dtype": dtype, "device_map": {"": str(device)}}
     if quantization != "none":
         bits = {f"load_in_{quantization}": True, "bnb_4bit_quant_type": "nf4"}
-        bits["bnb_4bit_compute_dtype"] = dtype
+        bits |= {"bnb_4bit_compute_dtype": dtype, "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
     model = load_weights(transformers.AutoModelForCausalLM, path, **options)
     for module in model.modules():
@@ -1192,19 +1302,68 @@ def load_weights(kind, path, **options):
 
 
 def pick_device(device, dtype):
-    """Return the device, cuda or cpu, and the name of the dtype of the frozen weights."""
+    """Return the kind of device, cuda, mps or cpu, and the name of the dtype of the frozen weights."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto" and device == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if has_bfloat16 else "float16"
+    if dtype == "auto" and device == "cpu" and torch.cpu._is_amx_tile_supported():
+        dtype = "bfloat16"  # for which such a CPU has matrix units
     return device, "float32" if dtype == "auto" else dtype
+
+
+# ----------------------------------------------------------------------------- several processes
+def is_main_process():
+    """Return whether this process is the one that prints, writes and saves."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def join_processes(device):
+    """Wait for the other processes of a launch, if there are any; return this one's own device."""
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if neighbours > 1:
+        threads = max(os.cpu_count() // neighbours, 1)  # more than cores would wait for each other
+        torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads))))
+    state = accelerate.PartialState(cpu=device == "cpu")
+    return state.device
+
+
+def wait_for_main_process():
+    """Let the main process save and tell first: a launcher ends all when one has ended."""
+    if not is_main_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        time.sleep(20)
+
+
+def share_out(function, rows, numbers):
+    """Return the columns that the function finds for all rows, each process doing its share.
+
+    function: takes some of the rows and of the numbers, and returns lists of a value for each. A
+    RunError that it raises in one process is raised in all.
+    """
+    state, found, error = accelerate.PartialState(), None, None
+    first, last = (len(rows) * (state.process_index + n) // state.num_processes for n in (0, 1))
+    try:
+        if first < last:
+            found = function(rows[first:last], numbers[first:last])
+    except RunError as failure:
+        error = failure
+    all_found = accelerate.utils.gather_object([(found, error)])
+    for _, error in all_found:
+        if error:
+            raise error
+    columns = zip(*(found for found, _ in all_found if found))
+    return [[*itertools.chain(*column)] for column in columns]
 
 
 # ----------------------------------------------------------------------------- output, checkpoints
 @contextmanager
 def claim_output(folder, resume):
     """Hold the output folder for this run alone; move an earlier run aside unless it goes on."""
+    if not is_main_process():
+        yield
+        return
     output, new = Path(folder), Path(folder, "checkpoint", "new")
     lock = FileLock(output / "checkpoint" / "lock", blocking=False)  # free when the process ends
     try:
@@ -1250,6 +1409,8 @@ def save_checkpoint(model, optimizer, scaler, settings, metrics, **more):
     """Replace the last checkpoint, if there was a step and its weights are finite."""
     weights = trained_weights(model)
     if not metrics or not all(weight.isfinite().all() for weight in weights.values()):
+        return
+    if not is_main_process():
         return
     state = more | {  # no random states: each step sets its own seed
         "settings": vars(settings),
@@ -1324,13 +1485,17 @@ class RunError(Exception):
 @contextmanager
 def stop_on_signal(after_step=False):
     """Raise Stopped on Ctrl-C or SIGTERM; with after_step the first waits for the block's end."""
-    stop = SimpleNamespace(requested=None)
+    stop = SimpleNamespace(requested=0, time=time.monotonic())  # the number of the signal
+    pause = 2 if "WORLD_SIZE" in os.environ else 0  # in which a launcher passes on what all got
 
     def handle(number, frame):
-        if stop.requested or not after_step:
+        if not after_step:
             raise Stopped(number)
-        stop.requested = number
-        print("\nStopping after this step; once more to stop at once", file=sys.stderr)
+        if stop.requested and time.monotonic() - stop.time >= pause:
+            raise Stopped(number)
+        if not stop.requested and is_main_process():
+            print("\nStopping after this step; once more to stop at once", file=sys.stderr)
+        stop.requested, stop.time = number, time.monotonic()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1351,7 +1516,9 @@ def explain(error, settings):
         remedy = f"lower MINI_BATCH_SIZE ({now}) or EVAL_BATCH_SIZE ({settings.eval_batch_size})"
         anew = f"QUANTIZATION 4bit, a BATCH_SIZE below {settings.batch_size} or a smaller model"
         return f"there is too little memory: {remedy} and go on, or start anew with {anew}"
-    if isinstance(error, OSError | SafetensorError) or "os error" in str(error):  # as Rust says
+    if "WORLD_SIZE" in os.environ and re.search("gloo|nccl", repr(error), re.IGNORECASE):
+        return "another process of this run has ended, and tells why"
+    if isinstance(error, OSError) or re.search("SafetensorError|os error", repr(error)):  # of Rust
         reason = shorten(getattr(error, "strerror", None) or error, 200)
         place = f"OUTPUT_DIR, {settings.output_dir}, and let what is printed be read to its end"
         return f"something can't be written ({reason}): make room in {place}"
@@ -1393,8 +1560,10 @@ def announce(policy, settings, device, dtype, rows, eval_rows, given, metrics):
 @contextmanager
 def open_log(settings, metrics, total):
     """Yield a function that writes down and shows the last of the metrics and its samples."""
+    if not is_main_process():
+        yield lambda *step: None
+        return
     done, batch_size = len(metrics), settings.batch_size
-    start = time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
     path = Path(settings.output_dir, "metrics.jsonl")
     path.write_text("".join(json.dumps(record) + "\n" for record in metrics))
     samples_path = path.with_name("samples.jsonl")
@@ -1404,7 +1573,9 @@ def open_log(settings, metrics, total):
     shape = "{n_fmt}/{total_fmt} |{bar:12}| {remaining} left, {desc}"
     tracker = None
     if settings.report_to == "tensorboard":
-        tracker = TensorBoardTracker("tensorboard", settings.output_dir, purge_step=done + 1)
+        tracker = accelerate.tracking.TensorBoardTracker(
+            "tensorboard", settings.output_dir, purge_step=done + 1
+        )
         tracker.start()
     watched = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))  # None: closed
     no_bar = not watched or done == total
@@ -1413,7 +1584,6 @@ def open_log(settings, metrics, total):
 
         def log(metrics, rows, texts, scores, kls):
             step, record = len(metrics), metrics[-1]
-            record["seconds"] = time.perf_counter() - start
             with open(path, "a") as file:
                 file.write(json.dumps(record) + "\n")
             with open(samples_path, "a", encoding="utf-8") as file:
@@ -1462,16 +1632,24 @@ def warnings_of(metrics, max_new_tokens):
     return lines
 
 
+def progress(steps):
+    """Yield the steps, with a bar on a screen where there are several."""
+    return tqdm(steps, leave=False, disable=None if len(steps) > 1 else True, file=sys.stdout)
+
+
 def device_name(device):
     """Return the device in words."""
     threads = torch.get_num_threads()
     cpu = f"CPU with {threads} thread{'s' * (threads > 1)}"
-    return torch.cuda.get_device_name() if device == "cuda" else cpu
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Apple GPU"
+    name = cpu if device.type == "cpu" else name
+    processes = accelerate.PartialState().num_processes
+    return name if processes == 1 else f"{processes} processes, each {name}"
 
 
 def peak_memory_mb(device):
     """Return the most memory held so far in MB, 10^6 bytes: the GPU's, else the process's."""
-    if device == "cuda":
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     with suppress(ImportError):  # on Windows, which does not tell it: None
         import resource
@@ -1482,6 +1660,8 @@ def peak_memory_mb(device):
 
 def save_results(policy, tokenizer, report, base_scores, metrics, folder):
     """Write model and report into a folder of their own, then move them: no file is ever torn."""
+    if not is_main_process():
+        return
     output, new = Path(folder), Path(folder, "checkpoint", "new")
     save_model(policy, tokenizer, new)
     card = summarize(report, ".") + "\n![Score and KL](training.png)\n"
@@ -1500,9 +1680,9 @@ def save_model(policy, tokenizer, folder):
     """Save the policy as an ordinary model, the adapter merged in, and the tokenizer."""
     model = policy.pretrained_model
     if getattr(model.get_base_model(), "is_quantized", False):  # 4 or 8 bits would lose the update
-        adapter, lora = get_peft_model_state_dict(model), model.peft_config["default"]
-        model = get_peft_model(model.unload().dequantize(), lora)
-        set_peft_model_state_dict(model, adapter)
+        adapter, lora = peft.get_peft_model_state_dict(model), model.peft_config["default"]
+        model = peft.get_peft_model(model.unload().dequantize(), lora)
+        peft.set_peft_model_state_dict(model, adapter)
     model.merge_and_unload().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -1587,29 +1767,39 @@ The model is beside report.json and training.png. To load it:
 
 
 # ------------------------------------------------------------------------------------------- main
-def main(argv=()):
-    """Do a run with the constants, overridden by flags in argv; return the exit status."""
-    with suppress(AttributeError):  # in a notebook, which shows everything anyway
-        sys.stdout.reconfigure(errors="replace")  # a model may say what the screen can't show
+def silence_libraries():
+    """Keep what pinned libraries say of themselves off the screen, by name, and nothing else."""
     noise = r"`PPO(Config|Trainer)` is dep|No dataset is|.*is_gradient_checkpointing|fan_in_fan_out"
-    warnings.filterwarnings("ignore", message=noise)  # what pinned libraries say of themselves
+    warnings.filterwarnings("ignore", message=noise)
     warnings.filterwarnings("error", message=".*tied layer is part of the adapter")  # not mergeable
+    for library in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()  # of loading weights
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity(logging.CRITICAL)
     datasets.disable_progress_bars()
+
+
+def main(argv=()):
+    """Do a run with the constants, overridden by flags in argv; return the exit status."""
+    with suppress(AttributeError):  # in a notebook, which shows everything anyway
+        sys.stdout.reconfigure(errors="replace")  # a model may say what the screen can't show
     sys.set_int_max_str_digits(0)  # so that a number of any length can be shown, shortened
     settings = None
     try:
         with stop_on_signal():
             settings = read_settings(argv, globals(), RULES, CHECKS)
-            run(settings)
+            silence_libraries()
+            with nullcontext() if is_main_process() else redirect_stdout(io.StringIO()):
+                run(settings)
             print(end="", flush=True)  # where the output can't be written, it is told here
         return 0
     except SettingsError as error:
+        wait_for_main_process()
         print("Nothing was started or changed:", *error.args, sep="\n- ", file=sys.stderr)
         return 2
     except (Stopped, Exception) as error:
+        wait_for_main_process()
         stopped = isinstance(error, Stopped)
         reason = "by a signal" if stopped else settings and explain(error, settings)
         if not reason:

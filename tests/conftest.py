@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 import train_rlhf
 
-SMALL = ["--device", "cpu", "--batch-size", "4", "--max-new-tokens", "8", "--eval-samples", "12"]
+SMALL = ["--device", "cpu", "--dtype", "float32", "--batch-size", "4", "--max-new-tokens", "8"]
+SMALL += ["--eval-samples", "12"]
 
 
 def pytest_collection_modifyitems(items):
@@ -82,6 +83,7 @@ def build():
     def make(settings):
         path = settings.model_name
         device, dtype = train_rlhf.pick_device(settings.device, settings.dtype)
+        device = train_rlhf.join_processes(device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what TRL says of itself
             tokenizer = train_rlhf.load_tokenizer(path)
@@ -97,7 +99,20 @@ def build():
 
 
 @pytest.fixture(scope="session")
-def step():
+def roll_out():
+    """Return responses to queries, and their texts; another key gives other random numbers."""
+
+    def take(built, queries, key=(0, 0, 0)):
+        settings = built.settings
+        numbers = train_rlhf.random_numbers(key, queries, settings.max_new_tokens)
+        size = built.trainer.config.mini_batch_size
+        return train_rlhf.rollout(built.policy, built.tokenizer, queries, numbers, size)
+
+    return take
+
+
+@pytest.fixture(scope="session")
+def step(roll_out):
     """Return the metrics of one PPO step, on fresh responses if none are given.
 
     Every other response is a good one.
@@ -107,7 +122,7 @@ def step():
         if queries is None:
             rows = built.rows[: built.settings.batch_size]
             queries = train_rlhf.encode(built.tokenizer, rows, built.settings.chat_template)
-            responses, _ = train_rlhf.rollout(built.policy, built.tokenizer, queries)
+            responses, _ = roll_out(built, queries)
         token_scores = [torch.zeros(len(response)) for response in responses]
         for i, scores in enumerate(token_scores):
             scores[-1] = (-1.0) ** i

@@ -19,12 +19,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 READY_MADE = [  # what a run imports on its way, which its children would do once more each
+    "accelerate.tracking",
+    "bitsandbytes",
+    "datasets",
+    "huggingface_hub",
     "matplotlib.backends.backend_agg",
     "mpl_toolkits.mplot3d.axes3d",
     "peft.tuners.lora",
     "torch.utils.serialization",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
+    "trl.trainer.ppo_trainer",
 ]
 PHASES = {  # function: the phase that begins with it, and the one after it
     "train": ("training", "loading"),

@@ -140,13 +140,12 @@ def test_the_end_tokens_are_those_of_the_model_and_of_a_turn(tokenizer, own, tem
     assert train_rlhf.end_tokens(own, tokenizer) == ends
 
 
-def test_a_response_ends_with_the_turn(build, make_settings, chat_model):
+def test_a_response_ends_with_the_turn(build, make_settings, chat_model, roll_out):
     flags = ("--model-name", str(chat_model), "--chat-template", "--max-new-tokens", "20")
     built = build(make_settings(*flags))
     end = built.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    torch.manual_seed(0)
     queries = train_rlhf.encode(built.tokenizer, built.rows * 4, True)
-    responses, texts = train_rlhf.rollout(built.policy, built.tokenizer, queries)
+    responses, texts = roll_out(built, queries)
     ended = [response.tolist() for response in responses if end in response]
     assert len(ended) > 3
     assert all(ids.index(end) == len(ids) - 1 for ids in ended)
@@ -180,9 +179,9 @@ def asked(monkeypatch):
     """Return the queries that a run answers, as texts, gathered while it runs."""
     texts, answer = set(), train_rlhf.rollout
 
-    def rollout(policy, tokenizer, queries):
+    def rollout(policy, tokenizer, queries, numbers, size):
         texts.update(tokenizer.decode(query) for query in queries)
-        return answer(policy, tokenizer, queries)
+        return answer(policy, tokenizer, queries, numbers, size)
 
     monkeypatch.setattr(train_rlhf, "rollout", rollout)
     return texts

@@ -2,7 +2,9 @@
 
 import random
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -82,9 +84,11 @@ def assert_same(found, expected):
 def train_on(built, metrics):
     """Let the script train to its last step; return all metrics but the seconds."""
     settings, metrics = built.settings, [*metrics]
-    reward, scale = train_rlhf.load_reward(settings, built.rows, "cpu")
+    device = built.trainer.accelerator.device
+    reward, scale = train_rlhf.load_reward(settings, built.rows, device)
     train_rlhf.train(
         built.trainer,
+        built.policy,
         built.tokenizer,
         reward,
         scale,
@@ -129,6 +133,27 @@ def test_a_step_depends_on_no_random_number_drawn_before_it(build, make_settings
     assert train_on(disturbed, []) == metrics
     assert_same(state(disturbed), state(calm))
     assert metrics[0]["entropy"] != metrics[1]["entropy"]  # nor are all steps one
+
+
+def test_the_seconds_of_a_run_that_goes_on_count_on(saved, monkeypatch):
+    """What passes between two runs is nobody's; each look at the clock is a second later."""
+    clock = iter(range(1000, 2000))
+    own_time = SimpleNamespace(perf_counter=lambda: next(clock), monotonic=time.monotonic)
+    monkeypatch.setattr(train_rlhf, "time", own_time)
+    earlier = [METRICS[0] | {"seconds": 40.0}]
+    seen = []
+    make_record = train_rlhf.make_record
+
+    def see(*args):
+        seen.append(make_record(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(train_rlhf, "make_record", see)
+    train_on(saved, earlier)
+    assert [record["seconds"] for record in seen] == [41.0, 42.0]
+    seen.clear()
+    train_on(saved, [])
+    assert [record["seconds"] for record in seen] == [1.0, 2.0, 3.0]
 
 
 def test_a_checkpoint_holds_what_is_needed_and_neither_random_states_nor_base_weights(saved):
@@ -177,6 +202,7 @@ def test_a_crash_while_saving_leaves_a_whole_checkpoint(saved, resume, monkeypat
 def test_what_does_not_change_the_steps_may_change(resume):
     flags = "--training-epochs 999 --eval-samples 7 --log-every 1 --save-every 3"
     assert resume(*flags.split()).training_epochs == 999
+    assert resume("--gradient-checkpointing").gradient_checkpointing is True
     assert resume("--mini-batch-size", "2", "--max-grad-norm", "0").mini_batch_size == 2
     assert resume("--device", "auto", "--target-approx-kl", "0").target_approx_kl == 0
 
@@ -330,7 +356,7 @@ def test_a_signal_outside_of_training_stops_at_once(number):
 def test_without_a_signal_nothing_is_raised():
     with train_rlhf.stop_on_signal(after_step=True) as stop:
         pass
-    assert stop.requested is None
+    assert stop.requested == 0
 
 
 def test_a_run_stopped_before_its_first_step_says_that_there_is_nothing(

@@ -76,7 +76,7 @@ def load(make_settings):
 
     def start(folder, *flags, rows=ROWS):
         settings = make_settings("--reward", str(folder), *map(str, flags))
-        return train_rlhf.load_reward(settings, rows, "cpu")
+        return train_rlhf.load_reward(settings, rows, torch.device("cpu"))
 
     return start
 

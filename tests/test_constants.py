@@ -147,7 +147,7 @@ OR_AUTO = "give a number, or auto, from -1000000000000000 to 1000000000000000"
         ("CHAT_TEMPLATE", "CHAT_TEMPLATE = None", "None: give True or False"),
         ("SUCCESS_THRESHOLD", "SUCCESS_THRESHOLD = None", f"None: {OR_AUTO}"),
         ("SUCCESS_THRESHOLD", "SUCCESS_THRESHOLD = True", f"True: {OR_AUTO}"),
-        ("DEVICE", "DEVICE = None", "None: give auto, cpu or cuda"),
+        ("DEVICE", "DEVICE = None", "None: give auto, cpu, cuda or mps"),
         ("OUTPUT_DIR", "OUTPUT_DIR = 5", "5: give a text"),
         ("MODEL_NAME", 'MODEL_NAME = ""', "empty: give a text"),
         ("PROMPTS", 'PROMPTS = ["I", 5]', "['I', 5]: give a list of texts, none empty"),
@@ -270,7 +270,7 @@ def test_a_function_of_ones_own_set_on_the_imported_module(
 
     def stop(settings):
         rows = [{"prompt": "I feel so"}, {"prompt": "Life is"}]
-        reward, scale = train_rlhf.load_reward(settings, rows, "cpu")
+        reward, scale = train_rlhf.load_reward(settings, rows, torch.device("cpu"))
         found.append((reward(rows, ["a", "bcd"]), scale, settings.reward))
 
     found = []
@@ -370,8 +370,33 @@ def test_every_constant_stands_before_the_code_with_a_comment(source):
         assert len(lines[nodes[name].lineno - 1].partition("  # ")[2]) > 10, name
 
 
+def read_by_name(function):
+    """Return the texts in the comprehensions that get each of them out of the settings."""
+    tuples = {
+        node.targets[0].id: node.value
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    found = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.DictComp) and ast.unparse(node.value) == "getattr(settings, name)":
+            names = [*ast.walk(node.generators[0].iter)]
+            names += [
+                each
+                for name in names
+                if isinstance(name, ast.Name) and name.id in tuples
+                for each in ast.walk(tuples[name.id])
+            ]
+            found |= {each.value for each in names if isinstance(each, ast.Constant)}
+    return found
+
+
 def test_every_constant_is_read_by_the_code(source):
-    """As settings.name; the names in capitals would bypass the flags."""
+    """As settings.name, or by name; the names in capitals would bypass the flags.
+
+    By name means a comprehension over names that a function lists, as {name: getattr(settings,
+    name) for name in ("gamma", "lam")}.
+    """
     read, bypassed = set(), set()
     for node in ast.walk(ast.parse(source)):
         loaded = isinstance(getattr(node, "ctx", None), ast.Load)
@@ -379,6 +404,8 @@ def test_every_constant_is_read_by_the_code(source):
             read.add(getattr(node, "attr", None))
         if loaded and isinstance(node, ast.Name):
             bypassed.add(node.id)
+        if isinstance(node, ast.FunctionDef):
+            read |= read_by_name(node)
     assert [name for name in NAMES if name.lower() not in read] == []
     # A function that others may call alone has the words of the file as its default.
     assert set(NAMES) & bypassed == {"POSITIVE_WORDS"}

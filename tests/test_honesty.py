@@ -13,7 +13,7 @@ import train_rlhf
 RUN = (
     *("--device", "cpu", "--save-every", "0", "--eval-prompts"),
     *("--training-epochs", "40", "--batch-size", "20", "--max-new-tokens", "8"),
-    *("--target-approx-kl", "0.01", "--ppo-epochs", "2"),
+    *("--target-approx-kl", "0.08", "--ppo-epochs", "2"),
     *("--eval-samples", "120", "--eval-batch-size", "120"),
 )
 
@@ -72,8 +72,8 @@ def test_a_kl_that_is_paid_for_is_not_called_close(outcome, monkeypatch, sign, c
         return trainer
 
     monkeypatch.setattr(train_rlhf, "make_trainer", priced)
-    # At a rate that does not fall there are 3 to 4 nats in the end where the KL costs something,
-    # and 48 or more where it is paid for, with ten seeds each.
+    # At a rate that does not fall there are 2.5 to 4.2 nats in the end where the KL costs
+    # something, and 48 or more where it is paid for, with ten seeds each.
     report, screen = outcome("--learning-rate", "0.003", "--target-approx-kl", "0")
     trained = report["trained"]["train_prompts"]
     assert report["close_to_base"] is close

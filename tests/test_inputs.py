@@ -33,7 +33,8 @@ def contents(folder):
 @pytest.fixture
 def refused(call_main, tmp_path, capfd, monkeypatch):
     """Call main beside an earlier run; return its problems, after a look at whether everything is untouched."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for kind in (torch.cuda, torch.mps):
+        monkeypatch.setattr(kind, "is_available", lambda: False)
     (tmp_path / "trained_model").mkdir()
     for name in RUN_FILES:
         (tmp_path / "trained_model" / name).write_text(name)
@@ -62,6 +63,7 @@ def row(problem, *flags):
 WHOLE = "give a whole number from 1 to 1000000"
 NOT_NEGATIVE = "give a number from 0 to 1e+30"
 TEXTS = "give a list of texts, none empty"
+TARGET = f"TARGET_APPROX_KL is {train_rlhf.TARGET_APPROX_KL}"
 OR_AUTO = "give a number, or auto, from -1000000000000000 to 1000000000000000"
 
 
@@ -92,6 +94,7 @@ OR_AUTO = "give a number, or auto, from -1000000000000000 to 1000000000000000"
         row("REWARD_LABEL is empty: give a text", "--reward-label="),
         row("PROMPT_FIELD is None: give a text", "--prompt-field"),
         row("CHAT_TEMPLATE is chatml: give True or False", "--chat-template", "chatml"),
+        row("GRADIENT_CHECKPOINTING is some: give True or False", "--gradient-checkpointing", "some"),
         row(f"SUCCESS_THRESHOLD is high: {OR_AUTO}", "--success-threshold", "high"),
         row(f"SUCCESS_THRESHOLD is nan: {OR_AUTO}", "--success-threshold", "nan"),
         row(f"SUCCESS_THRESHOLD is 1e16: {OR_AUTO}", "--success-threshold", "1e16"),
@@ -133,19 +136,21 @@ OR_AUTO = "give a number, or auto, from -1000000000000000 to 1000000000000000"
         row(f"LORA_TARGETS is []: {TEXTS}", "--lora-targets"),
         row("QUANTIZATION is 2bit: give none, 8bit or 4bit", "--quantization", "2bit"),
         row("DTYPE is int8: give auto, float32, bfloat16 or float16", "--dtype", "int8"),
-        row("DEVICE is tpu: give auto, cpu or cuda", "--device", "tpu"),
+        row("DEVICE is tpu: give auto, cpu, cuda or mps", "--device", "tpu"),
         row("REPORT_TO is wandb: give none or tensorboard", "--report-to", "wandb"),
         # combinations
         row("MINI_BATCH_SIZE is 2: give 0 or a divisor of BATCH_SIZE, 7",
             "--batch-size", "7", "--mini-batch-size", "2"),
         row("MINI_BATCH_SIZE is 20: give 0 or a divisor of BATCH_SIZE, 10", "--mini-batch-size", "20"),
-        row("TARGET_APPROX_KL is 0.0025: give 0, for a single update of a step can't be measured",
+        row(f"{TARGET}: give 0, for a single update of a step can't be measured",
             "--ppo-epochs", "1"),
-        row("TARGET_APPROX_KL is 0.0025: give 0, for a single update of a step can't be measured",
+        row(f"{TARGET}: give 0, for a single update of a step can't be measured",
             "--ppo-epochs", "1", "--mini-batch-size", "10"),
         row("DTYPE is float16: give float32 or bfloat16 on a CPU", "--dtype", "float16"),
         row("DTYPE is float16: give float32 or bfloat16 on a CPU", "--dtype", "float16", "--device", "auto"),
-        row("DEVICE is cuda: give cpu, since PyTorch sees no GPU", "--device", "cuda"),
+        row("DEVICE is cuda: give cpu, since PyTorch sees no such GPU", "--device", "cuda"),
+        row("DEVICE is mps: give cpu, since PyTorch sees no such GPU", "--device", "mps"),
+        row("DEVICE is mps: give cpu, since PyTorch sees no such GPU", "--device", "mps", "--dtype", "float16"),
         # places
         row("RESUME is True: it can't be used (there is no checkpoint in trained_model): start without it",
             "--resume"),
@@ -172,7 +177,7 @@ def test_all_problems_are_reported_at_once(refused):
     assert sorted(line.split(" can't")[0] for line in refused(*flags.split())) == [
         "- --colour is no flag, and follows none: --help lists all",
         f"- BATCH_SIZE is 0: {WHOLE}",
-        "- DEVICE is cuda: give cpu, since PyTorch sees no GPU",
+        "- DEVICE is cuda: give cpu, since PyTorch sees no such GPU",
         "- GAMMA is 2: give a number from 0 to 1",
         "- LEARNING_RATE is abc: give a number from 1e-30 to 1e+30",
         "- PROMPTS is x.txt: it",
@@ -203,6 +208,57 @@ def test_tensorboard_that_is_not_installed(refused, monkeypatch):
     assert refused("--report-to", "tensorboard") == [
         "- REPORT_TO is tensorboard: give none, or pip install tensorboard"
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--batch-size", "2"], "BATCH_SIZE is 2"),
+        (["--batch-size", "2", "--mini-batch-size", "2"], "MINI_BATCH_SIZE is 2"),
+        (["--batch-size", "4", "--mini-batch-size", "2"], "MINI_BATCH_SIZE is 2"),
+        (["--batch-size", "4"], None),
+        (["--batch-size", "3"], None),
+        (["--batch-size", "6", "--mini-batch-size", "3"], None),
+    ],
+)
+def test_batches_with_fewer_responses_than_there_are_processes(
+    refused, monkeypatch, flags, problem
+):
+    monkeypatch.setenv("WORLD_SIZE", "3")  # as a launcher sets it
+    other = "- GAMMA is 2: give a number from 0 to 1"
+    lines = [f"- {problem}: give at least 3, a response for each process"] if problem else []
+    assert refused(*flags, "--gamma", "2") == [other, *lines]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert refused(*flags, "--gamma", "2") == [other]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "tiles", "expected"),
+    [
+        ("auto", "auto", True, ("cpu", "bfloat16")),
+        ("cpu", "auto", True, ("cpu", "bfloat16")),
+        ("cpu", "auto", False, ("cpu", "float32")),
+        ("cpu", "float32", True, ("cpu", "float32")),
+        ("cpu", "bfloat16", False, ("cpu", "bfloat16")),
+        ("mps", "auto", True, ("mps", "float32")),
+        ("mps", "bfloat16", False, ("mps", "bfloat16")),
+    ],
+)
+def test_a_processor_with_matrix_units_gets_16_bits(monkeypatch, device, dtype, tiles, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert train_rlhf.pick_device(device, dtype) == expected
+
+
+@pytest.mark.parametrize(("has", "expected"), [(True, "bfloat16"), (False, "float16")])
+def test_a_gpu_gets_the_16_bits_that_it_has(monkeypatch, has, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: not has)
+    for device in ("auto", "cuda"):
+        assert train_rlhf.pick_device(device, "auto") == ("cuda", expected)
+        assert train_rlhf.pick_device(device, "float32") == ("cuda", "float32")
+    assert train_rlhf.pick_device("cpu", "float32") == ("cpu", "float32")
 
 
 def test_a_huge_batch_size_is_no_long_calculation(refused):

@@ -2,16 +2,17 @@
 
 import math
 from contextlib import contextmanager
-from itertools import chain, pairwise
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from matplotlib.figure import Figure
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
 import train_rlhf
-from train_rlhf import kl_minimum
+from train_rlhf import kl_minimum, rows_to_measure
 
 METRICS = [{"samples": 60, "seconds": 3.0}]  # of a run, as far as the report needs them
 UNSCALED = {"mean": 0.0, "deviation": 1.0, "graded": False, "threshold": None}
@@ -140,7 +141,6 @@ def trained(request, build, read_settings, step, demo_model, tmp_path_factory):
         *("--eval-samples", "18", "--eval-batch-size", "7", "--temperature", str(request.param)),
     )
     built = build(settings)
-    torch.manual_seed(0)
     for _ in range(4):
         step(built)
     return built
@@ -166,18 +166,46 @@ def by_hand(trained, demo_model):
 
 
 @pytest.fixture
-def batches(monkeypatch):
-    """Return the batches that are rolled out from now on; their responses differ in length."""
-    rolled_out, rollout = [], train_rlhf.rollout
+def rolled_out(monkeypatch):
+    """Return the rollouts from now on, queries, responses and texts; no two lengths are alike."""
+    rollouts, rollout = [], train_rlhf.rollout
 
-    def uneven(policy, tokenizer, queries):
-        responses, texts = rollout(policy, tokenizer, queries)
-        responses = [response[: len(response) - i] for i, response in enumerate(responses)]
-        rolled_out.append((queries, responses, texts))
+    def uneven(policy, tokenizer, queries, numbers, size):
+        responses, texts = rollout(policy, tokenizer, queries, numbers, size)
+        responses = [response[: len(response) - i % 7] for i, response in enumerate(responses)]
+        rollouts.append((queries, responses, texts))
         return responses, texts
 
     monkeypatch.setattr(train_rlhf, "rollout", uneven)
-    return rolled_out
+    return rollouts
+
+
+@pytest.fixture
+def passes(trained, monkeypatch):
+    """Return the passes from now on: how many rows, in which phase, whether of the base model."""
+    seen, phases = [], []
+    policy, model = trained.policy, trained.policy.pretrained_model
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert len(adapted) > 1
+
+    def phase(function, name):
+        def call(*args, **options):
+            phases.append(name)
+            result = function(*args, **options)
+            phases.pop()
+            return result
+
+        return call
+
+    def see(module, args, options):
+        (is_base,) = {each.disable_adapters for each in adapted}
+        seen.append((len(options["input_ids"]), phases[-1], is_base))
+
+    monkeypatch.setattr(model, "generate", phase(model.generate, "rollout"))
+    monkeypatch.setattr(policy, "forward", phase(policy.forward, "comparison"))
+    handle = model.get_base_model().register_forward_pre_hook(see, with_kwargs=True)
+    yield seen
+    handle.remove()
 
 
 def graded(rows, texts):
@@ -185,45 +213,52 @@ def graded(rows, texts):
     return [float(len(text) % 3 - 1) for text in texts]
 
 
-def measure(built, rows, reward=graded, scale=PLAIN):
-    parts = built.trainer, built.tokenizer, reward, scale, rows, built.settings
-    return train_rlhf.measure(*parts)[0]
+def measure(built, rows, reward=graded, scale=PLAIN, base=False):
+    """Return the figures and the scores of a measurement as make_report takes it."""
+    settings, rows = built.settings, rows_to_measure(rows, built.settings.eval_samples)
+    numbers = train_rlhf.random_numbers((settings.seed, 0, 1), rows, settings.max_new_tokens)
+    parts = built.trainer, built.policy, built.tokenizer, reward, scale, rows, numbers, settings
+    return train_rlhf.measure(*parts, base=base)
 
 
-def make_report(built):
+def make_report(built, reward=graded):
     rows = built.rows, built.eval_rows
-    parts = built.trainer, built.tokenizer, graded, PLAIN, *rows, built.settings, METRICS
-    return train_rlhf.make_report(*parts)[0]
+    parts = built.trainer, built.policy, built.tokenizer, reward, PLAIN
+    return train_rlhf.make_report(*parts, *rows, built.settings, METRICS)[0]
 
 
-def test_kl_and_log_probability_are_sums_over_the_response(trained, by_hand):
+@pytest.mark.parametrize("base", [False, True])
+def test_kl_and_log_probability_are_sums_over_the_response(trained, by_hand, base):
+    """Of a batch that is more than a minibatch."""
+
     def ids(text):
         return trained.tokenizer(text, return_tensors="pt")["input_ids"][0]
 
-    queries = [ids("Life"), ids("I'm feeling as if I could do it"), ids("My")]
-    responses = [ids("is good"), ids("and so"), ids("day was long and I am so very tired")]
-    kls, ref_logprobs = train_rlhf.compare_with_base(trained.trainer, queries, responses)
-    assert min(kls) > 0.001
+    queries = [ids("Life"), ids("I'm feeling as if I could do it"), ids("My")] * 3
+    responses = [ids("is good"), ids("and so"), ids("day was long and I am so very tired")] * 3
+    parts = trained.trainer, trained.policy, queries, responses
+    kls, ref_logprobs = train_rlhf.compare_with_base(*parts, base)
+    assert len(kls) == len(ref_logprobs) == 9 > trained.trainer.config.mini_batch_size
+    assert base or min(kls) > 0.001
     for query, response, kl, ref_logprob in zip(queries, responses, kls, ref_logprobs):
         wanted_kl, wanted_logprob = by_hand(query, response)
-        assert kl.item() == pytest.approx(wanted_kl, rel=1e-3)
-        assert ref_logprob.item() == pytest.approx(wanted_logprob, rel=1e-4)
+        assert kl == (0 if base else pytest.approx(wanted_kl, rel=1e-3))
+        assert ref_logprob == pytest.approx(wanted_logprob, rel=1e-4)
 
 
 @pytest.mark.parametrize("threshold", [0.0, -0.5, 1.0, None])
-def test_the_figures_of_a_measurement(trained, by_hand, batches, threshold):
-    asked, scores = [], []
+def test_the_figures_of_a_measurement(trained, by_hand, rolled_out, threshold):
+    calls = []
 
     def reward(rows, texts):
-        asked.extend(rows)
-        scores.extend(graded(rows, texts))
-        return scores[-len(texts) :]
+        calls.append((rows, texts, graded(rows, texts)))
+        return calls[-1][2]
 
     rows, scale = trained.eval_rows, PLAIN | {"threshold": threshold}
-    parts = trained.trainer, trained.tokenizer, reward, scale, rows, trained.settings
-    measured, all_scores = train_rlhf.measure(*parts)
-    assert [len(batch[0]) for batch in batches] == [7, 7, 4]  # of EVAL_BATCH_SIZE 7
-    queries, responses, texts = ([*chain(*lists)] for lists in zip(*batches))
+    measured, all_scores = measure(trained, rows, reward, scale)
+    ((queries, responses, texts),) = rolled_out
+    ((asked, judged, scores),) = calls  # a single one for all samples
+    assert judged == texts
     assert asked == [row for row in rows for _ in range(3)]
     decoded = [trained.tokenizer.decode(query, skip_special_tokens=True) for query in queries]
     assert decoded == [row["prompt"] for row in asked]
@@ -255,31 +290,85 @@ def test_responses_that_are_alike_are_counted_once_as_distinct(trained, monkeypa
         return responses, [" the same"] * len(texts)
 
     monkeypatch.setattr(train_rlhf, "rollout", alike)
-    assert measure(trained, trained.rows[:1])["distinct"] == 1 / 18
+    assert measure(trained, trained.rows[:1])[0]["distinct"] == 1 / 18
 
 
 @pytest.mark.parametrize(
     ("count", "asked"),
     [(5, [0, 1, 2, 3, 4]), (18, range(18)), (40, range(0, 40, 3))],  # of many, some
 )
-def test_rows_share_the_samples_evenly(trained, count, asked):
+def test_rows_share_the_samples_evenly(trained, monkeypatch, count, asked):
     seen = []
 
     def reward(rows, texts):
-        seen.extend(rows)
+        seen.append(rows)
         return graded(rows, texts)
 
     rows = [{"prompt": f"Day {number} is"} for number in range(count)]
-    samples = measure(trained, rows, reward)["samples"]
+    monkeypatch.setattr(trained, "rows", rows)
+    monkeypatch.setattr(trained, "eval_rows", [])
+    report = make_report(trained, reward)
     each = math.ceil(18 / len(asked))
-    assert seen == [rows[index] for index in asked for _ in range(each)]
-    assert 18 <= samples == len(seen)
+    before, after = seen
+    assert before == after == [rows[index] for index in asked for _ in range(each)]
+    for model in ("base", "trained"):
+        assert 18 <= report[model]["train_prompts"]["samples"] == len(before)
 
 
 def test_the_base_model_is_at_no_kl_of_itself(trained):
-    with trained.trainer.optional_peft_ctx():
-        assert measure(trained, trained.rows)["kl"] == 0
-    assert measure(trained, trained.rows)["kl"] > 0.01
+    assert measure(trained, trained.rows, base=True)[0]["kl"] == 0
+    assert measure(trained, trained.rows)[0]["kl"] > 0.01
+
+
+def test_the_base_model_is_measured_without_a_pass_of_the_policy(trained, passes):
+    """It needs a single pass for its log probabilities, where the policy's KL needs another."""
+    measure(trained, trained.rows, base=True)
+    assert {is_base for _, _, is_base in passes} == {True}
+    assert [size for size, phase, _ in passes if phase == "comparison"] == [6] * 3  # the minibatch
+    passes.clear()
+    measure(trained, trained.rows)
+    assert {is_base for _, phase, is_base in passes if phase == "rollout"} == {False}
+    compared = [(size, is_base) for size, phase, is_base in passes if phase == "comparison"]
+    assert sorted(compared) == [(6, False)] * 3 + [(6, True)] * 3
+
+
+def test_a_measurement_generates_as_many_responses_at_once_as_it_may(trained, passes):
+    measure(trained, trained.rows)  # with EVAL_BATCH_SIZE 7
+    sizes = [size for size, phase, _ in passes if phase == "rollout"]
+    assert [size for size, after in pairwise([*sizes, None]) if size != after] == [7, 4]
+    assert sizes.count(4) <= 20 and sizes.count(7) <= 2 * 20  # MAX_NEW_TOKENS is 20
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_the_eval_batch_size_changes_no_response_of_a_measurement(
+    trained, rolled_out, monkeypatch, base
+):
+    whole, all_scores = measure(trained, trained.rows, base=base)
+    for size in (1, 5, 18):
+        monkeypatch.setattr(trained.settings, "eval_batch_size", size)
+        measured, scores = measure(trained, trained.rows, base=base)
+        assert (measured, scores.tolist()) == (whole, all_scores.tolist())
+    first, *others = [[each.tolist() for each in responses] for _, responses, _ in rolled_out]
+    assert others == [first] * 3
+    assert len({*map(tuple, first)}) == 18 and len({*map(len, first)}) > 3
+
+
+def test_base_model_and_policy_are_measured_with_the_same_random_numbers(trained, monkeypatch):
+    """But those for the prompts held out are others."""
+    given, rollout = [], train_rlhf.rollout
+
+    def see(policy, tokenizer, queries, numbers, size):
+        given.append(numbers)
+        return rollout(policy, tokenizer, queries, numbers, size)
+
+    monkeypatch.setattr(train_rlhf, "rollout", see)
+    make_report(trained)
+    base, policy, base_held_out, policy_held_out = given
+    assert torch.equal(base, policy) and torch.equal(base_held_out, policy_held_out)
+    assert not torch.isin(base, base_held_out).any()
+    for number, numbers in ((1, base), (2, base_held_out)):
+        key = trained.settings.seed, 0, number
+        assert torch.equal(numbers, train_rlhf.random_numbers(key, range(18), 20))
 
 
 def test_a_report_can_be_repeated_differs_by_seed_and_trains_nothing(trained, monkeypatch):
@@ -322,15 +411,17 @@ class Trainer:
 
     is_base = False
     accelerator = SimpleNamespace(device=torch.device("cpu"))
-    model = SimpleNamespace(
-        pretrained_model=SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(1, 1))
-    )
 
     @contextmanager
     def optional_peft_ctx(self):
         self.is_base = True
         yield
         self.is_base = False
+
+
+def encode(tokenizer, rows, chat_template):
+    """Return the prompts in the place of queries."""
+    return [row["prompt"] for row in rows]
 
 
 @pytest.fixture
@@ -342,23 +433,27 @@ def report_of(make_settings, monkeypatch):
 
     def make(before, after, held_out=None, kl=1.0, threshold=0.0):
         trainer = Trainer()
+        backbone = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(1, 1))
+        policy = SimpleNamespace(pretrained_model=backbone)
+        scores_of = {"in training": (before, after), "held out": held_out}
 
-        def sample(policy, tokenizer, rows, samples, settings):
-            pair = held_out if rows[0]["prompt"] == "held out" else (before, after)
-            scores = list(map(float, pair[not trainer.is_base]))
-            for some in (scores[:3], scores[3:]):  # two batches
-                ids = [torch.tensor([1])] * len(some)
-                yield rows * len(some), ids, ids, list(map(str, some))
+        def rows_to_measure(rows, samples):
+            (row,) = rows
+            return rows * len(scores_of[row["prompt"]][0])
 
-        def compare_with_base(trainer, queries, responses):
-            distance = 0.0 if trainer.is_base else kl
-            return torch.full((len(queries),), distance), torch.zeros(len(queries))
+        def rollout(policy, tokenizer, queries, numbers, size):
+            assert len(queries) == len(numbers)
+            scores = scores_of[queries[0]][not trainer.is_base]
+            return [torch.tensor([1])] * len(queries), [str(float(score)) for score in scores]
 
-        monkeypatch.setattr(train_rlhf, "sample", sample)
-        monkeypatch.setattr(train_rlhf, "compare_with_base", compare_with_base)
+        def compare_with_base(trainer, policy, queries, responses, base):
+            return [0.0 if base else kl] * len(queries), [0.0] * len(queries)
+
+        for function in (rows_to_measure, encode, rollout, compare_with_base):
+            monkeypatch.setattr(train_rlhf, function.__name__, function)
         rows, eval_rows = [{"prompt": "in training"}], [{"prompt": "held out"}]
         scale, settings = PLAIN | {"threshold": threshold}, make_settings("--max-new-tokens", "8")
-        parts = trainer, None, lambda rows, texts: [*map(float, texts)], scale
+        parts = trainer, policy, None, lambda rows, texts: [*map(float, texts)], scale
         sets = rows, eval_rows if held_out else []
         report, base_scores = train_rlhf.make_report(*parts, *sets, settings, METRICS)
         assert base_scores.tolist() == [*map(float, before)]  # of the training, for the picture
@@ -459,12 +554,16 @@ def scale_of(make_settings, monkeypatch, capsys):
     def make(scores, *flags):
         asked = []
 
-        def sample(policy, tokenizer, rows, samples, settings):
+        def rows_to_measure(rows, samples):
             asked.append(samples)
-            for some in (scores[:5], scores[5:]):  # two batches
-                yield rows * len(some), None, None, some
+            return rows * len(scores)
 
-        monkeypatch.setattr(train_rlhf, "sample", sample)
+        def rollout(policy, tokenizer, queries, numbers, size):
+            assert len(queries) == len(numbers) == len(scores)
+            return None, scores
+
+        for function in (rows_to_measure, encode, rollout):
+            monkeypatch.setattr(train_rlhf, function.__name__, function)
         settings = make_settings(*flags)
         rows = [{"prompt": "Life is"}]
         scale = train_rlhf.measure_scale(None, None, lambda rows, texts: texts, rows, settings)
@@ -524,9 +623,12 @@ def test_without_samples_the_scores_stay_as_they_are(scale_of):
     assert scale == UNSCALED
 
 
-def test_what_tokens_earn_is_on_the_scale_of_the_base_models_own_samples(build, make_settings):
+def test_what_tokens_earn_is_on_the_scale_of_the_base_models_own_samples(
+    build, make_settings, roll_out
+):
     """The scale comes from samples of its own; those of a rollout are like them."""
-    built = build(make_settings("--scale-samples", "90", "--eval-batch-size", "32"))
+    flags = "--scale-samples", "450", "--batch-size", "90", "--eval-batch-size", "150"
+    built = build(make_settings(*flags))
     sizes = []
 
     def reward(rows, texts):
@@ -538,20 +640,20 @@ def test_what_tokens_earn_is_on_the_scale_of_the_base_models_own_samples(build, 
         torch.manual_seed(seed)  # whatever happened before
         parts = built.policy, built.tokenizer, reward, built.rows, built.settings
         scales.append(train_rlhf.measure_scale(*parts))
-    assert sizes == [32, 32, 26] * 2
+    assert sizes == [450] * 2  # a single call for all samples
     assert scales[0] == scales[1]
 
-    queries = train_rlhf.encode(built.tokenizer, built.rows * 15, chat_template=False)
-    responses, texts = train_rlhf.rollout(built.policy, built.tokenizer, queries)
-    parts = reward, scales[0], built.tokenizer, built.rows * 15, queries, responses
+    queries = train_rlhf.encode(built.tokenizer, built.rows * 75, chat_template=False)
+    responses, texts = roll_out(built, queries, key=(0, 1, 0))
+    parts = reward, scales[0], built.tokenizer, built.rows * 75, queries, responses
     scores, token_scores = train_rlhf.score_responses(*parts, score_prefixes=False)
-    assert len(sizes) == 7  # a single call
+    assert len(sizes) == 3  # a single call
     assert scores == [10.0 * len(text.split()) - 300 for text in texts]
     earned = torch.stack([each.sum() for each in token_scores])
     assert abs(earned.mean()) < 0.5 and 0.6 < earned.std() < 1.6
     # With prefixes the score of the empty text, which no token earns, is missing.
     _, token_scores = train_rlhf.score_responses(*parts, score_prefixes=True)
-    assert len(sizes) == 8
+    assert len(sizes) == 4
     missing = train_rlhf.on_scale(tensor(-300.0), scales[0]).float()
     sums = torch.stack([each.sum() for each in token_scores])
     torch.testing.assert_close(sums + missing, earned, atol=1e-4, rtol=1e-5)

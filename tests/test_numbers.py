@@ -155,11 +155,11 @@ def train(build, make_settings):
         with train_rlhf.claim_output(settings.output_dir, resume=False):
             built, metrics = build(settings), []
             trainer, rows = built.trainer, built.rows
-            reward, scale = train_rlhf.load_reward(settings, rows, "cpu")
+            reward, scale = train_rlhf.load_reward(settings, rows, trainer.accelerator.device)
             learner = trainer.model, trainer.optimizer, trainer.accelerator.scaler
             save = partial(train_rlhf.save_checkpoint, *learner, settings, metrics, scale=scale)
             parts = reward, scale, rows, settings, metrics, save
-            train_rlhf.train(trainer, built.tokenizer, *parts)
+            train_rlhf.train(trainer, built.policy, built.tokenizer, *parts)
         return metrics
 
     return start

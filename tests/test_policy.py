@@ -1,10 +1,19 @@
 import copy
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import train_rlhf
 
@@ -26,9 +35,11 @@ def ask(tokenizer, *prompts):
 
 def evaluate(built, queries, responses):
     """Return all logprobs and values of padded responses, each token of which has earned 1."""
-    inputs, mask = train_rlhf.pad_batch(built.tokenizer, queries, responses)
+    device = built.trainer.accelerator.device
+    inputs, mask = train_rlhf.pad_batch(built.tokenizer, queries, responses, device)
     inputs["earned"] = (mask.cumsum(1) - mask).float()
-    all_logprobs, values = built.trainer.forward_pass(inputs)
+    with torch.no_grad():
+        all_logprobs, values = built.policy(**inputs)
     rows = zip(all_logprobs, values, mask.bool())
     return [(logprobs[where], value[where]) for logprobs, value, where in rows]
 
@@ -180,19 +191,19 @@ def test_prompts_of_both_kinds_are_held_against_the_context(
 
 
 # ------------------------------------------------------------------------ before the first update
-def test_before_the_first_update_policy_and_base_model_are_one(build, settings):
+def test_before_the_first_update_policy_and_base_model_are_one(build, roll_out, settings):
     built = build(settings)
-    torch.manual_seed(0)
     queries = ask(built.tokenizer, *settings.prompts)
-    responses, _ = train_rlhf.rollout(built.policy, built.tokenizer, queries)
+    responses, _ = roll_out(built, queries)
     policy = evaluate(built, queries, responses)
     with built.trainer.optional_peft_ctx():
         base = evaluate(built, queries, responses)
     for (logprobs, values), (ref_logprobs, _) in zip(policy, base):
         torch.testing.assert_close(logprobs, ref_logprobs, atol=1e-6, rtol=0)
         assert not values.any()
-    kl, _ = train_rlhf.compare_with_base(built.trainer, queries, responses)
-    torch.testing.assert_close(kl, torch.zeros(len(queries)), atol=1e-6, rtol=0)
+    pair = built.trainer, built.policy
+    kls, _ = train_rlhf.compare_with_base(*pair, queries, responses, base=False)
+    assert kls == pytest.approx([0] * len(queries), abs=1e-6)
 
 
 # ------------------------------------------------------------------------- padding and positions
@@ -251,6 +262,121 @@ def test_steps_change_adapter_and_value_head_and_not_a_bit_of_the_base_model(
     base = copy.deepcopy(built.policy.pretrained_model).unload().state_dict()
     for name, value in load_file(demo_model / "model.safetensors").items():
         assert torch.equal(base[name], value.to(getattr(torch, dtype)))
+
+
+# ------------------------------------------------------------------------- gradient checkpointing
+@pytest.fixture(scope="session")
+def forgetting_models(demo_model, save_random_model, tmp_path_factory):
+    """Return the folders of demo_model and of random models whose configs have dropout.
+
+    GPT-2 drops out in modules of its own; OPT's layers do it themselves, by their training flag.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids |= {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
+    gpt2 = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+    gpt2 |= {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}
+    opt = {"max_position_embeddings": 64, "hidden_size": 32, "word_embed_proj_dim": 32}
+    opt |= {"ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "init_std": 0.3}
+    configs = {
+        "gpt2": GPT2Config(**gpt2, **ids),
+        "opt": OPTConfig(**opt, **ids, dropout=0.5, attention_dropout=0.5),
+        "opt without layers": OPTConfig(**opt, **ids, dropout=0.0, layerdrop=0.9),
+    }
+    folders = {"demo_model": demo_model}
+    for name, config in configs.items():
+        folders[name] = save_random_model(config, tokenizer, tmp_path_factory.mktemp("forgetting"))
+    return folders
+
+
+@pytest.fixture
+def checkpointed(build, make_settings, forgetting_models):
+    """Build one of those models, with or without checkpointing; its adapter is no longer zero."""
+
+    def make(name, *flags):
+        built = build(make_settings("--model-name", str(forgetting_models[name]), *flags))
+        torch.manual_seed(1)
+        for weight_name, weight in trained_parameters(built.policy).items():
+            if "lora_B" in weight_name or "v_head" in weight_name:
+                torch.nn.init.normal_(weight, std=0.1)
+        queries = ask(built.tokenizer, "Life is", "I'm feeling as if I could do it all")
+        responses = ask(built.tokenizer, "is good and so am I", "and so")
+        device = built.trainer.accelerator.device
+        built.inputs, mask = train_rlhf.pad_batch(built.tokenizer, queries, responses, device)
+        built.inputs["earned"] = (mask.cumsum(1) - mask).float()
+        modules = built.policy.modules()
+        layer = next(each for each in modules if isinstance(each, GradientCheckpointingLayer))
+        parts = layer.named_children()  # a hook of the layer itself would see the first call only
+        norm = next(part for name, part in parts if re.search("norm|ln_", name))
+        built.lengths = []  # of the sequences in each pass through the first layer
+        norm.register_forward_pre_hook(lambda _, given: built.lengths.append(given[0].shape[1]))
+        return built
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["demo_model", "gpt2", "opt", "opt without layers"])
+def test_what_is_forgotten_and_computed_again_changes_no_number(checkpointed, name):
+    found = {}
+    for flag in "--no-gradient-checkpointing", "--gradient-checkpointing":
+        built = checkpointed(name, flag)
+        torch.manual_seed(2)
+        all_logprobs, values = built.policy(**built.inputs)
+        with torch.no_grad():
+            again, _ = built.policy(**built.inputs)
+        torch.testing.assert_close(all_logprobs, again, rtol=0, atol=1e-5)
+        torch.manual_seed(3)  # backward computes the same again, whatever was drawn meanwhile
+        (all_logprobs.exp().square().sum() + values.sum()).backward()
+        named = trained_parameters(built.policy).items()
+        found[flag] = all_logprobs, values, {name: weight.grad for name, weight in named}
+    (*outputs, plain), (*others, checkpointed) = found.values()
+    for output, other in zip(outputs, others):
+        torch.testing.assert_close(other, output, rtol=0, atol=1e-5)
+    for weight_name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[weight_name], gradient, rtol=1e-4, atol=1e-6)
+    assert all(gradient.any() for gradient in plain.values())
+
+
+@pytest.mark.parametrize(("flag", "passes"), [("--gradient-checkpointing", 2), ("--seed=0", 1)])
+@pytest.mark.parametrize("name", ["demo_model", "gpt2"])
+def test_only_what_was_forgotten_is_computed_again(checkpointed, name, flag, passes):
+    built = checkpointed(name, flag)
+    all_logprobs, values = built.policy(**built.inputs)
+    width = built.inputs["input_ids"].shape[1]
+    assert built.lengths == [width]
+    (all_logprobs.exp().square().sum() + values.sum()).backward()
+    assert built.lengths == [width] * passes
+    with torch.no_grad():  # nothing goes backward here, and nothing is said of it
+        built.policy(**built.inputs)
+    assert built.lengths == [width] * (passes + 1)
+
+
+@pytest.mark.parametrize("name", ["demo_model", "gpt2"])
+def test_gradient_checkpointing_leaves_generation_its_cache(checkpointed, roll_out, name):
+    """A model in training has none: each token would take a pass over all before it."""
+    flags = ["--max-new-tokens", "6", "--gradient-checkpointing"]
+    built, plain = checkpointed(name, *flags), checkpointed(name, *flags[:2])
+    queries = ask(built.tokenizer, "Life is")
+    built.policy(**built.inputs)  # as in a step
+    built.lengths.clear()
+    responses, texts = roll_out(built, queries)
+    count = len(responses[0])
+    assert built.lengths == [len(queries[0])] + [1] * (count - 1) and count > 2
+    assert roll_out(plain, queries)[1] == texts
+
+
+@pytest.mark.parametrize("mini_batch_size", ["0", "2"])
+def test_a_step_with_gradient_checkpointing_is_the_same_step(
+    build, step, make_settings, mini_batch_size
+):
+    found = []
+    for flag in "--no-gradient-checkpointing", "--gradient-checkpointing":
+        built = build(make_settings("--mini-batch-size", mini_batch_size, flag))
+        torch.manual_seed(0)
+        found.append([step(built), step(built)])
+    for plain, checkpointed in zip(*found):
+        assert checkpointed == pytest.approx(plain, rel=1e-2, abs=1e-5)
+    assert found[0][1]["kl"] > 1e-5
 
 
 # ----------------------------------------------------------------------------------------- saving
@@ -326,11 +452,12 @@ def test_a_quantized_model_learns_and_is_saved_whole(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_a_step_on_a_gpu(build, step, make_settings, dtype):
+def test_a_step_on_a_gpu(build, step, roll_out, make_settings, dtype):
     built = build(make_settings("--device", "cuda", "--dtype", dtype))
     queries = ask(built.tokenizer, "Life is", "I")
-    responses, _ = train_rlhf.rollout(built.policy, built.tokenizer, queries)
-    inputs, mask = train_rlhf.pad_batch(built.tokenizer, queries, responses)
+    responses, _ = roll_out(built, queries)
+    device = built.trainer.accelerator.device
+    inputs, mask = train_rlhf.pad_batch(built.tokenizer, queries, responses, device)
     assert {part.device.type for part in (*inputs.values(), mask)} == {"cuda"}
     first, second = step(built), step(built)
     assert first["skipped_updates"] == second["skipped_updates"] == 0

@@ -14,7 +14,7 @@ PROMPTS = ["I feel so", "Life is", "I am really happy because", "Today I am"]
 
 
 @pytest.fixture
-def drifted(build, make_settings):
+def drifted(build, roll_out, make_settings):
     """Build a trainer whose policy is no longer the base model, and sample a batch from it."""
 
     def make(*flags):
@@ -25,7 +25,7 @@ def drifted(build, make_settings):
                 torch.nn.init.normal_(parameter, std=0.1)
         rows = [{"prompt": prompt} for prompt in PROMPTS]
         queries = train_rlhf.encode(built.tokenizer, rows, chat_template=False)
-        responses, _ = train_rlhf.rollout(built.policy, built.tokenizer, queries)
+        responses, _ = roll_out(built, queries)
         responses[1] = responses[1][:3]  # so that lengths differ
         token_scores = [torch.linspace(-1, 1, len(response)) for response in responses]
         built.batch = queries, responses, token_scores
@@ -109,13 +109,24 @@ def losses(built, responses, rows):
             "policy_loss": numpy.maximum(-old.advantages * ratio, -old.advantages * clipped),
             "value_loss": numpy.maximum(*errors) / 2,
             "kl_loss": divergence(all_logprobs, old.all_ref_logprobs),
-            "approx_kl": divergence(old.all_logprobs, all_logprobs),
+            "approx_kl": 0.5 * (all_logprobs[taken] - old.all_logprobs[taken]) ** 2,
             "clip_fraction": -old.advantages * clipped > -old.advantages * ratio,
             "entropy": -(numpy.exp(all_logprobs) * all_logprobs).sum(-1),
             "value_clip_fraction": errors[1] > errors[0],
         }
         terms.append(term)
     return {name: numpy.concatenate([t[name] for t in terms]).mean() for name in terms[0]}
+
+
+def after_the_last(approx_kls):
+    """Return the KL after the last update, from those before each.
+
+    It grows with the square of the number of updates that were made: by what factor is told by all
+    those before an update, taken together.
+    """
+    count = len(approx_kls)
+    grown = sum(number**2 for number in range(count))
+    return sum(approx_kls) * count**2 / grown if grown else 0.0
 
 
 @pytest.mark.parametrize(
@@ -125,7 +136,10 @@ def losses(built, responses, rows):
 def test_every_number_of_a_step(
     drifted, demo_model, gpt2, monkeypatch, name, mini_batch_size, kl_coef
 ):
-    """GPT-2 has absolute positions, which padding would shift."""
+    """GPT-2 has absolute positions, which padding would shift.
+
+    Where all four rows are one minibatch, the pass before the updates is also that of the first.
+    """
     built = drifted(
         *("--model-name", str(demo_model if name == "demo_model" else gpt2)),
         *("--gamma", "0.9", "--lam", "0.8", "--temperature", "0.7", "--ppo-epochs", "3"),
@@ -180,10 +194,10 @@ def test_every_number_of_a_step(
             old = expected[row].all_logprobs[range(len(answers[row])), answers[row].tolist()]
             assert given["old_logprobs"][where].numpy() == pytest.approx(old, **near)
             assert not given["advantages"][~where].any()
-    # Each epoch takes every row once, in an order of its own.
+    # Each epoch takes every row once, in an order of its own where there are several minibatches.
     flat = numpy.concatenate(orders).reshape(3, 4).tolist()
     assert all(sorted(order) == [0, 1, 2, 3] for order in flat)
-    assert len({*map(tuple, flat)}) == 3
+    assert len({*map(tuple, flat)}) == (1 if mini_batch_size == 4 else 3)
     # The losses.
     for call, total, update in zip(calls["loss"], totals, wanted):
         policy_loss, value_loss, _ = call.result
@@ -194,9 +208,11 @@ def test_every_number_of_a_step(
     # The figures.
     assert kls == pytest.approx([row.kl.sum() for row in expected], **near)
     assert stats["kl"] == pytest.approx(numpy.mean(kls), **near)
-    for key in ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "entropy"):
+    for key in ("policy_loss", "value_loss", "clip_fraction", "entropy"):
         mean = numpy.mean([update[key] for update in wanted])
         assert stats[key] == pytest.approx(mean, **near), key
+    approx_kl = after_the_last([update["approx_kl"] for update in wanted])
+    assert stats["approx_kl"] == pytest.approx(approx_kl, **near)
     assert (stats["kl_coef"], stats["learning_rate"]) == (kl_coef, 0.003)
     assert stats["skipped_updates"] == 0
     # There has been something to see.
@@ -208,7 +224,7 @@ def test_a_loss_by_hand(build, make_settings, monkeypatch):
     """Two positions, three words: every number below fits on a sheet of paper."""
     built = build(
         make_settings(
-            *("--batch-size", "1", "--ppo-epochs", "1", "--target-approx-kl", "0"),
+            *("--batch-size", "1", "--ppo-epochs", "2"),
             *("--kl-coef", "0.5", "--clip-range", "0.2", "--value-clip-range", "0.1"),
             *("--vf-coef", "2"),
         )
@@ -216,20 +232,15 @@ def test_a_loss_by_hand(build, make_settings, monkeypatch):
     trainer = built.trainer
     p, p_old, p_ref = [0.5, 0.3, 0.2], [0.4, 0.4, 0.2], [0.25, 0.25, 0.5]
     values, new_values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 1.05]])
-    logits = torch.nn.Parameter(torch.tensor([[p, p]]).log() + 7.0)  # free of a constant
-    answers = iter([(p_old, values), (p_ref, values)])
+    answers = iter([(p_ref, values), (p_old, values), (p, new_values)])
 
-    class Model:
-        """What sampled, then the base model, then the policy that has moved on."""
+    class Model(torch.nn.Module):
+        """The base model, then what sampled, then the policy that has moved on."""
 
-        def __call__(self, **inputs):
+        def forward(self, **inputs):
             assert inputs["input_ids"].tolist() == [[5, 0, 1]]
-            probabilities, values = next(answers, (None, new_values))
-            known = probabilities and torch.tensor([[probabilities] * 2]).log()
-            return known if probabilities else logits, values
-
-        def parameters(self):
-            return [logits]
+            probabilities, values = next(answers)
+            return torch.tensor([[probabilities] * 2]).log(), values
 
     totals, calls, returns = [], [], torch.tensor([[2.0, 0.0]])  # advantages of 2 and -1
     monkeypatch.setattr(trainer, "model", Model())
@@ -242,19 +253,30 @@ def test_a_loss_by_hand(build, make_settings, monkeypatch):
     spy(monkeypatch, trainer, "loss", calls)
     stats, kls = trainer.step([torch.tensor([5])], [torch.tensor([0, 1])], [torch.zeros(2)])
 
-    # Ratios 1.25 and 0.75. A gain is clipped at 1.2; a loss of -1 times 0.75 is worse off than at
-    # 0.8, so 0.8 counts.
+    def kl_against_base(p):
+        return sum(each * math.log(each / base) for each, base in zip(p, p_ref))
+
+    # Before the first update the ratios are 1, and no value has moved.
+    surrogate, value_loss = (-2.0 + 1.0) / 2, 0.5 * (2.0**2 + 1.0**2) / 2
+    first = surrogate, value_loss, 0.5 * kl_against_base(p_old)
+
+    # Before the second they are 1.25 and 0.75. A gain is clipped at 1.2; a loss of -1 times 0.75 is
+    # worse off than at 0.8, so 0.8 counts.
     surrogate = (-2.0 * 1.2 + 1.0 * 0.8) / 2
     # The first value may move to 0.1 only: (0.1 - 2)^2 is worse than (0.5 - 2)^2. The second moved
     # by less than 0.1.
     value_loss = 0.5 * (1.9**2 + 1.05**2) / 2
-    kl = 0.5 * math.log(0.5 / 0.25) + 0.3 * math.log(0.3 / 0.25) + 0.2 * math.log(0.2 / 0.5)
-    assert totals == [pytest.approx(surrogate + 2 * value_loss + 0.5 * kl, abs=1e-6)]
-    assert stats["policy_loss"] == pytest.approx(surrogate, abs=1e-6)
-    assert stats["value_loss"] == pytest.approx(value_loss, abs=1e-6)
-    step_kl = 0.4 * math.log(0.4 / 0.5) + 0.4 * math.log(0.4 / 0.3)
-    assert stats["approx_kl"] == pytest.approx(step_kl, abs=1e-6)
-    old_kl = 0.4 * math.log(0.4 / 0.25) * 2 + 0.2 * math.log(0.2 / 0.5)
+    second = surrogate, value_loss, 0.5 * kl_against_base(p)
+
+    both = [policy_loss + 2 * value_loss + kl for policy_loss, value_loss, kl in (first, second)]
+    assert totals == pytest.approx(both, abs=1e-6)
+    assert stats["policy_loss"] == pytest.approx((first[0] + second[0]) / 2, abs=1e-6)
+    assert stats["value_loss"] == pytest.approx((first[1] + second[1]) / 2, abs=1e-6)
+    # One update has moved the policy by this; two will have moved it twice as far, which is four
+    # times the KL.
+    moved = 0.5 * (math.log(1.25) ** 2 + math.log(0.75) ** 2) / 2
+    assert stats["approx_kl"] == pytest.approx(4 * moved, abs=1e-6)
+    old_kl = kl_against_base(p_old)
     assert stats["kl"] == pytest.approx(2 * old_kl, abs=1e-6)  # a sum over the response
     assert kls == [stats["kl"]]
 
@@ -271,6 +293,158 @@ def test_before_the_first_update_the_ratio_is_1_and_the_kl_0(
     assert stats["kl"] == pytest.approx(0, abs=1e-6)
     assert stats["approx_kl"] == pytest.approx(0, abs=1e-6)
     assert stats["clip_fraction"] == 0
+
+
+# ---------------------------------------------------------------------- how far a step has moved
+EACH_NUMBER_OF_UPDATES = pytest.mark.parametrize(
+    ("epochs", "mini_batch_size"), [(1, 0), (2, 0), (4, 0), (1, 1), (2, 2), (4, 1)]
+)
+
+
+@EACH_NUMBER_OF_UPDATES
+def test_approx_kl_is_that_after_the_last_update(drifted, monkeypatch, epochs, mini_batch_size):
+    flags = ["--ppo-epochs", str(epochs), "--mini-batch-size", str(mini_batch_size)]
+    built = drifted(*flags, "--target-approx-kl", "0", "--learning-rate", "0.003")
+    trainer, (queries, answers, token_scores) = built.trainer, built.batch
+    whole = [torch.cat(pair).tolist() for pair in zip(queries, answers)]
+    before = [before_the_updates(built, row) for row in range(len(whole))]
+    seen, approx_kls = SimpleNamespace(), []
+
+    def see_inputs(module, args, kwargs):
+        pairs = zip(kwargs["input_ids"], kwargs["attention_mask"])
+        seen.rows = [whole.index(ids[mask.bool()].tolist()) for ids, mask in pairs]
+
+    def see_loss(loss, backward=trainer.accelerator.backward):
+        approx_kls.append(losses(built, before, seen.rows)["approx_kl"])  # it has not moved on yet
+        backward(loss)
+
+    trainer.model.register_forward_pre_hook(see_inputs, with_kwargs=True)
+    monkeypatch.setattr(trainer.accelerator, "backward", see_loss)
+    stats, _ = trainer.step(queries, answers, token_scores)
+    assert len(approx_kls) == epochs * (4 // mini_batch_size if mini_batch_size else 1)
+    assert approx_kls[0] == pytest.approx(0, abs=1e-9)
+    assert stats["approx_kl"] == pytest.approx(after_the_last(approx_kls), abs=1e-7, rel=1e-3)
+    assert (stats["approx_kl"] > 1e-4) is (len(approx_kls) > 1)
+
+
+@pytest.mark.parametrize("epochs", [2, 4])
+def test_approx_kl_foretells_how_far_a_step_moves(build, roll_out, make_settings, epochs):
+    """The same target would else mean another size of step for another number of epochs."""
+    built = build(make_settings("--batch-size", "10", "--ppo-epochs", str(epochs)))
+    rows = (built.rows * 2)[:10]
+    queries = train_rlhf.encode(built.tokenizer, rows, chat_template=False)
+    reward, scale = train_rlhf.load_reward(built.settings, rows, built.trainer.accelerator.device)
+
+    def logprobs_of(responses):
+        """Return the logprobs of all tokens of the responses, one after the other."""
+        built.batch = queries, responses, [torch.zeros(len(each)) for each in responses]
+        found = [evaluate(built, row)[0] for row in range(len(responses))]
+        pairs = zip(found, responses)
+        return numpy.concatenate([each[range(len(ids)), ids.tolist()] for each, ids in pairs])
+
+    told, moved = [], []
+    for number in range(8):
+        responses, _ = roll_out(built, queries, key=(0, number, 0))
+        given = reward, scale, built.tokenizer, rows, queries, responses
+        _, token_scores = train_rlhf.score_responses(*given, score_prefixes=True)
+        before = logprobs_of(responses)
+        stats, _ = built.trainer.step(queries, responses, token_scores)
+        told.append(stats["approx_kl"])
+        moved.append(0.5 * ((logprobs_of(responses) - before) ** 2).mean())
+    assert min(moved) > 0
+    ratios = numpy.log(told) - numpy.log(moved)
+    assert math.exp(abs(ratios.mean())) < 1.5
+    assert math.exp(abs(math.log(sum(told) / sum(moved)))) < 1.5
+
+
+# ------------------------------------------------------------------------------- how it is done
+@EACH_NUMBER_OF_UPDATES
+def test_a_step_makes_no_more_passes_than_it_needs(drifted, epochs, mini_batch_size):
+    """A pass of a large model takes most of the time, and its logits most of the memory."""
+    flags = ["--ppo-epochs", str(epochs), "--mini-batch-size", str(mini_batch_size)]
+    built = drifted(*flags, "--target-approx-kl", "0")
+    passes = []
+
+    def see(module, args, kwargs):
+        adapted = [m for m in built.policy.modules() if hasattr(m, "disable_adapters")]
+        base = all(m.disable_adapters for m in adapted)
+        kind = "base" if base else "update" if torch.is_grad_enabled() else "score"
+        passes.append((kind, len(kwargs["input_ids"])))
+
+    backbone = built.policy.pretrained_model.get_base_model()
+    backbone.register_forward_pre_hook(see, with_kwargs=True)
+    built.trainer.step(*built.batch)
+    rows = mini_batch_size or 4
+    minibatches = 4 // rows
+    counts = {"base": 1, "update": epochs}
+    if mini_batch_size:
+        counts = {"score": minibatches, "update": epochs * minibatches}
+        counts["base"] = counts["score"] + counts["update"]
+    assert {size for _, size in passes} == {rows}
+    kinds = [kind for kind, _ in passes]
+    assert {kind: kinds.count(kind) for kind in kinds} == counts
+
+
+@pytest.mark.parametrize("mini_batch_size", [0, 2])
+def test_the_gradient_of_a_first_update(drifted, monkeypatch, mini_batch_size):
+    """It comes from the pass that also tells what the policy was, which must not be moved along."""
+    flags = ["--ppo-epochs", "1", "--target-approx-kl", "0", "--max-grad-norm", "0"]
+    built = drifted(*flags, "--mini-batch-size", str(mini_batch_size), "--kl-coef", "0.3")
+    trainer, (queries, answers, _) = built.trainer, built.batch
+    before = [before_the_updates(built, row) for row in range(len(queries))]
+    found, inputs_seen = [], []
+    whole = [torch.cat(pair).tolist() for pair in zip(queries, answers)]
+
+    def gradient():
+        named = built.policy.named_parameters()
+        return {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
+
+    def see_inputs(module, args, kwargs):
+        pairs = zip(kwargs["input_ids"], kwargs["attention_mask"])
+        inputs_seen.append([whole.index(ids[mask.bool()].tolist()) for ids, mask in pairs])
+
+    def see_loss(loss, backward=trainer.accelerator.backward):
+        backward(loss)
+        found.append((inputs_seen[-1], gradient()))
+
+    hook = trainer.model.register_forward_pre_hook(see_inputs, with_kwargs=True)
+    monkeypatch.setattr(trainer.accelerator, "backward", see_loss)
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: None)  # so that each update is a first
+    trainer.step(*built.batch)
+    hook.remove()
+    assert len(found) == (2 if mini_batch_size else 1)
+    for rows, gradients in found:
+        total = 0.0
+        for row in rows:  # unpadded and alone
+            total += loss_to_differentiate(built, before[row], row)
+        built.policy.zero_grad()
+        (total / sum(len(answers[row]) for row in rows)).backward()
+        expected = gradient()
+        built.policy.zero_grad()
+        assert gradients.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(gradients[name], value, rtol=1e-3, atol=1e-5)
+        assert any(value.abs().max() > 1e-3 for value in expected.values())
+
+
+def loss_to_differentiate(built, before, row):
+    """Return the sum of a response's losses over its tokens, with a ratio of 1 as its value."""
+    settings, (queries, answers, token_scores) = built.settings, built.batch
+    inputs = torch.cat([queries[row], answers[row]])[None]
+    output = built.policy.pretrained_model(inputs, output_hidden_states=True)
+    places = slice(len(queries[row]) - 1, -1)
+    all_logprobs = torch.log_softmax(output.logits[0, places] / settings.temperature, dim=-1)
+    of_hidden = built.policy.v_head(output.hidden_states[-1])[0, places]
+    earned = token_scores[row].cumsum(0) - token_scores[row]
+    values = of_hidden[:, 0] + of_hidden[:, 1] * earned
+    logprobs = all_logprobs[range(len(answers[row])), answers[row]]
+    advantages = torch.tensor(before.advantages).float()
+    returns = torch.tensor(before.returns).float()
+    all_ref_logprobs = torch.tensor(before.all_ref_logprobs).float()
+    kl = (all_logprobs.exp() * (all_logprobs - all_ref_logprobs)).sum()
+    policy_loss = -(advantages * (logprobs - logprobs.detach()).exp()).sum()
+    value_loss = 0.5 * ((values - returns) ** 2).sum()
+    return policy_loss + settings.kl_coef * kl + settings.vf_coef * value_loss
 
 
 def test_the_loss_alone_pulls_a_drifted_policy_back(drifted, monkeypatch):

@@ -6,7 +6,6 @@ import math
 import sys
 import textwrap
 import unicodedata
-from types import SimpleNamespace
 
 import pytest
 
@@ -49,9 +48,7 @@ def show(monkeypatch):
 
 @pytest.fixture
 def open_log(make_settings, tmp_path, monkeypatch):
-    """Open the log of 4 steps, each of which takes 30 seconds; a batch has 2 responses."""
-    clock = SimpleNamespace(now=1000.0, perf_counter=lambda: clock.now)
-    monkeypatch.setattr(train_rlhf, "time", clock)
+    """Open the log of 4 steps; a batch has 2 responses."""
     monkeypatch.setenv("COLUMNS", "10000")
 
     def start(metrics, total=4, log_every=2):
@@ -59,10 +56,6 @@ def open_log(make_settings, tmp_path, monkeypatch):
         flags = ("--batch-size", "2", "--log-every", log_every)
         return train_rlhf.open_log(make_settings(*map(str, flags)), metrics, total)
 
-    def tick():
-        clock.now += 30
-
-    start.tick = tick
     return start
 
 
@@ -71,10 +64,11 @@ TEXTS = [" good", " sad"]
 SAMPLE = "    Life is | good"
 
 
-def take(open_log, log, metrics, *records, rows=ROWS, texts=TEXTS, kls=(0.5, 0.25)):
+def take(log, metrics, *records, rows=ROWS, texts=TEXTS, kls=(0.5, 0.25)):
+    """Log steps each of which took 30 seconds."""
     for each in records:
-        open_log.tick()
-        metrics.append(each)
+        seconds = metrics[-1]["seconds"] if metrics else 0
+        metrics.append(each | {"seconds": seconds + 30})
         log(metrics, rows, texts, [1.0, -1.0], kls)
 
 
@@ -88,7 +82,7 @@ def test_a_terminal_gets_one_live_bar(show, open_log):
     out, err = show(terminal=True)
     metrics = []
     with open_log(metrics) as log:
-        take(open_log, log, metrics, *(record(step, 0.25 * step) for step in range(1, 5)))
+        take(log, metrics, *(record(step, 0.25 * step) for step in range(1, 5)))
     last = err.getvalue().split("\r")[-1]
     assert last.startswith("4/4 |") and "left" in last
     assert "success  88%" in last  # the mean of the last 100 samples, 75 and 100 %
@@ -101,7 +95,7 @@ def test_a_pipe_gets_a_line_every_few_steps_and_no_bar(show, open_log):
     out, err = show(terminal=False)
     metrics = []
     with open_log(metrics) as log:
-        take(open_log, log, metrics, *map(record, range(1, 5)))
+        take(log, metrics, *map(record, range(1, 5)))
     assert out.getvalue().splitlines() == [
         "step 2/4, 01:00 left, success  50%, score +0.00, KL 0.38",
         SAMPLE,
@@ -116,7 +110,7 @@ def test_without_a_threshold_there_is_no_success_to_show(show, open_log, termina
     screens = show(terminal)
     metrics = []
     with open_log(metrics) as log:
-        take(open_log, log, metrics, *(record(step) | {"success_rate": None} for step in (1, 2)))
+        take(log, metrics, *(record(step) | {"success_rate": None} for step in (1, 2)))
     shown = screens[terminal].getvalue()  # the bar is on stderr
     assert "left, score +0.00, KL 0.38" in shown
     assert "success" not in shown and "nan" not in shown
@@ -139,11 +133,10 @@ def test_a_run_that_goes_on_counts_on(show, open_log, tmp_path, terminal):
     path = tmp_path / "trained_model" / "metrics.jsonl"
     out, err = show(terminal)
     with open_log(metrics) as log:
-        take(open_log, log, metrics, record(3))
+        take(log, metrics, record(3))
         written = path.read_text()  # while it is still open
         assert [json.loads(line) for line in written.splitlines()] == metrics
-        take(open_log, log, metrics, record(4))
-    assert [each["seconds"] for each in metrics] == [40, 80, 110, 140]
+        take(log, metrics, record(4))
     assert len(path.read_text().splitlines()) == 4
     if terminal:
         assert "2/4 |" in err.getvalue() and "0/4" not in err.getvalue()
@@ -151,11 +144,23 @@ def test_a_run_that_goes_on_counts_on(show, open_log, tmp_path, terminal):
         assert steps_in(out) == ["step 4/4"]
 
 
+def test_what_is_left_is_told_by_the_seconds_of_the_whole_run(show, open_log):
+    """Of 80 seconds for 2 steps, and 30 for a third, the mean is what the fourth will take."""
+    out, _ = show(terminal=False)
+    metrics = [record(1) | {"seconds": 40.0}, record(2) | {"seconds": 80.0}]
+    with open_log(metrics, log_every=1) as log:
+        take(log, metrics, record(3), record(4))
+    assert [line[:20] for line in out.getvalue().splitlines()[::2]] == [
+        "step 3/4, 00:36 left",
+        "step 4/4, 00:00 left",
+    ]
+
+
 def test_a_last_step_is_shown_whatever_log_every_is(show, open_log):
     out, _ = show(terminal=False)
     metrics = []
     with open_log(metrics, total=3, log_every=5) as log:
-        take(open_log, log, metrics, *map(record, range(1, 4)))
+        take(log, metrics, *map(record, range(1, 4)))
     assert steps_in(out) == ["step 3/3"]
     assert out.getvalue().splitlines()[1:] == [SAMPLE]
 
@@ -166,11 +171,11 @@ def test_skipped_updates_are_told_at_once_and_once(show, open_log, terminal):
     told = "step 3: updates skipped, since their numbers were not finite: 4"
     metrics = []
     with open_log(metrics) as log:
-        take(open_log, log, metrics, record(1), record(2))
+        take(log, metrics, record(1), record(2))
         assert "skipped" not in out.getvalue()
-        take(open_log, log, metrics, record(3, skipped_updates=4))
+        take(log, metrics, record(3, skipped_updates=4))
         assert out.getvalue().splitlines()[-1] == told
-        take(open_log, log, metrics, record(4))
+        take(log, metrics, record(4))
     assert out.getvalue().count("skipped") == 1
 
 
@@ -178,7 +183,7 @@ def test_a_kl_that_rounding_takes_below_0_is_shown_as_0(show, open_log):
     out, _ = show(terminal=False)
     metrics = []
     with open_log(metrics) as log:
-        take(open_log, log, metrics, record(1, kl=-0.0001), record(2, kl=-0.0001))
+        take(log, metrics, record(1, kl=-0.0001), record(2, kl=-0.0001))
     assert out.getvalue().splitlines()[0].endswith("KL 0.00")
 
 
@@ -186,8 +191,8 @@ def test_what_was_not_finite_is_left_out_of_the_progress(show, open_log):
     out, _ = show(terminal=False)
     metrics = []
     with open_log(metrics) as log:
-        take(open_log, log, metrics, record(1, kl=1.0))
-        take(open_log, log, metrics, *(record(step) | {"kl": None} for step in (2, 3, 4)))
+        take(log, metrics, record(1, kl=1.0))
+        take(log, metrics, *(record(step) | {"kl": None} for step in (2, 3, 4)))
     lines = out.getvalue().splitlines()
     assert lines[0].endswith("KL 1.00")
     assert lines[2].endswith("KL nan")
@@ -219,7 +224,7 @@ def test_a_bar_is_for_those_who_watch(open_log, monkeypatch, stdout, stderr, wat
     monkeypatch.setattr(sys, "stderr", err)
     metrics = []
     with open_log(metrics) as log:
-        take(open_log, log, metrics, *map(record, range(1, 5)))
+        take(log, metrics, *map(record, range(1, 5)))
     assert ("4/4 |" in err.getvalue()) is watched
     assert steps_in(out) == ([] if watched else ["step 2/4", "step 4/4"])
 
@@ -229,8 +234,36 @@ def test_a_closed_output_is_no_obstacle(show, open_log, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", None)  # as it is after >&-
     metrics = []
     with open_log(metrics) as log:
-        take(open_log, log, metrics, record(1), record(2, skipped_updates=1))
+        take(log, metrics, record(1), record(2, skipped_updates=1))
     assert len((tmp_path / "trained_model" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+# ------------------------------------------------------------------- the progress of a measurement
+def test_a_measurement_of_several_pieces_has_a_bar_that_goes_when_it_is_done(show):
+    out, err = show(terminal=True)
+    shown = []
+    for number in train_rlhf.progress(range(0, 12, 4)):
+        shown.append(number)
+    assert shown == [0, 4, 8]
+    assert "0/3" in out.getvalue() and "|" in out.getvalue()
+    assert out.getvalue().split("\r")[-2].strip() == ""  # the line is wiped
+    assert err.getvalue() == "" and "\n" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("terminal", "steps"), [(True, range(1)), (True, range(0)), (False, range(5))]
+)
+def test_a_single_piece_and_a_pipe_have_no_bar(show, terminal, steps):
+    screens = show(terminal)
+    assert [*train_rlhf.progress(steps)] == [*steps]
+    assert [screen.getvalue() for screen in screens] == ["", ""]
+
+
+def test_a_measurement_needs_no_output(show, monkeypatch):
+    """After 2>&- transformers, which is imported before, makes stderr a file that takes all."""
+    show(terminal=False)
+    monkeypatch.setattr(sys, "stdout", None)  # as it is after >&-
+    assert [*train_rlhf.progress(range(3))] == [0, 1, 2]
 
 
 # ----------------------------------------------------------------------------------- the samples
@@ -254,7 +287,7 @@ def test_a_sample_is_cut_to_the_width_of_the_screen(
     metrics = []
     with open_log(metrics) as log:
         rows = [{"prompt": prompt}, *ROWS[1:]]
-        take(open_log, log, metrics, record(1), record(2), rows=rows, texts=[text, " sad"])
+        take(log, metrics, record(1), record(2), rows=rows, texts=[text, " sad"])
     sample = out.getvalue().splitlines()[-1]
     assert sample.startswith(f"    {prompt}") and sample.endswith("…")
     assert f"{prompt} |{text}".startswith(sample.strip(" …"))
@@ -269,7 +302,7 @@ def test_a_sample_is_one_line_and_of_a_conversation_its_last_message(show, open_
     rows, metrics = [{"prompt": messages}, *ROWS[1:]], []
     with open_log(metrics) as log:
         texts = ["\tHello,\r\n  you ", " sad"]
-        take(open_log, log, metrics, record(1), record(2), rows=rows, texts=texts)
+        take(log, metrics, record(1), record(2), rows=rows, texts=texts)
     assert out.getvalue().splitlines()[1:] == ["    Say hi | Hello, you"]
 
 
@@ -279,9 +312,9 @@ def test_samples_jsonl_has_a_line_for_each_response(show, open_log, tmp_path):
     rows, texts, metrics = [{"prompt": messages}, {"prompt": "나는"}], ["\n행복", ' "é"\u2028'], []
     path = tmp_path / "trained_model" / "samples.jsonl"
     with open_log(metrics) as log:
-        take(open_log, log, metrics, record(1))
+        take(log, metrics, record(1))
         assert len(path.read_bytes().splitlines()) == 2  # while it is still open
-        take(open_log, log, metrics, record(2), rows=rows, texts=texts, kls=[math.nan, 3.0])
+        take(log, metrics, record(2), rows=rows, texts=texts, kls=[math.nan, 3.0])
     lines = path.read_bytes().decode("utf-8").split("\n")
     assert lines.pop() == ""
     assert [json.loads(line) for line in lines] == [
@@ -298,13 +331,13 @@ def test_the_samples_of_a_run_that_goes_on_are_those_of_its_steps(show, open_log
     show(terminal=False)
     path, metrics = tmp_path / "trained_model" / "samples.jsonl", []
     with open_log(metrics) as log:
-        take(open_log, log, metrics, *map(record, (1, 2, 3)), texts=[" a\u2028b", "\x85c"])
+        take(log, metrics, *map(record, (1, 2, 3)), texts=[" a\u2028b", "\x85c"])
     written = path.read_bytes()
     path.write_bytes(written + b'{"step": 4, "pro')
     del metrics[2:]
     with open_log(metrics) as log:
         assert path.read_bytes().split(b"\n") == [*written.split(b"\n")[:4], b""]
-        take(open_log, log, metrics, *map(record, (3, 4)))
+        take(log, metrics, *map(record, (3, 4)))
     steps = [json.loads(line)["step"] for line in path.read_bytes().splitlines()]
     assert steps == [1, 1, 2, 2, 3, 3, 4, 4]
 

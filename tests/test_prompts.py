@@ -9,6 +9,7 @@ import re
 import socket
 from pathlib import Path
 
+import numpy
 import pandas
 import pytest
 import torch
@@ -390,6 +391,7 @@ def test_a_tenth_of_a_file_is_held_out_by_seed(numbers):
     rows, eval_rows, left_out = read(numbers, eval_prompts=SHIPPED)
     assert (len(rows), len(eval_rows), left_out) == (36, 5, 0)  # rounded up
     assert sorted(texts_of(rows + eval_rows)) == sorted(texts_of(read_file(numbers)))
+    numpy.random.seed(123)  # whatever happened in between
     assert read(numbers, eval_prompts=SHIPPED) == (rows, eval_rows, 0)
     others = [texts_of(read(numbers, eval_prompts=SHIPPED, seed=seed)[1]) for seed in range(1, 9)]
     assert len({*map(tuple, others)}) == 8 and texts_of(eval_rows) not in others
@@ -479,13 +481,17 @@ def test_the_rows_of_a_step_depend_on_seed_and_step_alone():
     rows = [{"prompt": i} for i in range(11)]
     whole = [rows_of_step(step, rows, 4, 5) for step in range(1, 20)]
     torch.manual_seed(123)
-    state = torch.get_rng_state()
+    numpy.random.seed(123)
+    state, next_number = torch.get_rng_state(), numpy.random.RandomState(123).random()
     for step in reversed(range(1, 20)):
         torch.rand(step)
+        numpy.random.random(step)
         assert rows_of_step(step, rows, 4, 5) == whole[step - 1]
     torch.set_rng_state(state)
+    numpy.random.seed(123)
     rows_of_step(7, rows, 4, 5)
     assert torch.equal(torch.get_rng_state(), state)  # nor does it take from anyone's numbers
+    assert numpy.random.random() == next_number
 
 
 @pytest.mark.parametrize(
@@ -559,12 +565,14 @@ def test_of_many_prompts_no_more_are_measured_than_samples_are_asked_for(
 ):
     path = write("p.txt", "\n".join(f"Number {i} is" for i in range(50)))
     built = build(make_settings("--prompts", path, "--eval-prompts"))
-    reward, scale = train_rlhf.load_reward(built.settings, built.rows, "cpu")
-    measured, scores = train_rlhf.measure(
-        built.trainer, built.tokenizer, reward, scale, built.rows, built.settings
-    )
-    assert list(measured["first_sample"]) == [f"Number {i} is" for i in range(0, 50, 5)]
-    assert measured["samples"] == len(scores) == 20  # two of each, at least the 12 asked for
+    reward, scale = train_rlhf.load_reward(built.settings, built.rows, torch.device("cpu"))
+    parts = built.trainer, built.policy, built.tokenizer, reward, scale, built.rows, []
+    metrics = [{"samples": 4, "seconds": 1.0}]
+    report, base_scores = train_rlhf.make_report(*parts, built.settings, metrics)
+    for model in ("base", "trained"):
+        measured = report[model]["train_prompts"]
+        assert list(measured["first_sample"]) == [f"Number {i} is" for i in range(0, 50, 5)]
+        assert measured["samples"] == len(base_scores) == 20  # two of each, at least the 12
 
 
 # ------------------------------------------------------------------------------- length, real files

@@ -14,6 +14,7 @@ import train_rlhf
 from train_rlhf import RunError, positive_word_reward
 
 REMEDY = "let f(prompts, completions, **kwargs) return a finite number for each completion"
+CPU = torch.device("cpu")
 MATCH = re.escape(REMEDY)
 FAST = ["--device", "cpu", "--ppo-epochs", "1", "--target-approx-kl", "0", "--batch-size", "4"]
 FAST += ["--max-new-tokens", "5", "--eval-samples", "6"]
@@ -114,7 +115,7 @@ def test_words_of_the_user(words, text, score):
 def test_the_default_reward_takes_the_words_of_the_settings(make_settings):
     settings = make_settings("--positive-words", "calm", "serene")
     rows = [{"prompt": "Life is"}] * 2
-    reward, scale = train_rlhf.load_reward(settings, rows, "cpu")
+    reward, scale = train_rlhf.load_reward(settings, rows, CPU)
     assert reward(rows, [" so serene", " so happy"]) == [1.0, -1.0]
     assert scale == train_rlhf.AS_IT_IS | {"threshold": 0.0}
     assert (scale["mean"], scale["deviation"], scale["graded"]) == (0.0, 1.0, False)
@@ -146,7 +147,7 @@ def test_the_default_reward_takes_the_answer_to_a_conversation_as_a_text_of_its_
     prompts = [messages, "Say good"]
     for flags, expected in (([], [1.0, -1.0]), (["--chat-template"], [1.0, 1.0])):
         rows = [{"prompt": prompt} for prompt in prompts]
-        reward, _ = train_rlhf.load_reward(make_settings(*flags), rows, "cpu")
+        reward, _ = train_rlhf.load_reward(make_settings(*flags), rows, CPU)
         assert reward(rows, ["glad", "glad"]) == expected
 
 
@@ -154,8 +155,8 @@ def test_the_default_reward_takes_the_answer_to_a_conversation_as_a_text_of_its_
 class Letters:
     """A tokenizer of characters."""
 
-    def decode(self, ids, **_):
-        return "".join(chr(int(number)) for number in ids)
+    def batch_decode(self, rows, **_):
+        return ["".join(chr(int(number)) for number in ids) for ids in rows]
 
 
 def ids_of(texts):
@@ -253,7 +254,7 @@ def test_the_prompts_of_a_function_are_those_of_the_rows_whatever_the_template(
 ):
     seen, rows = [], [{"prompt": "A"}, {"prompt": "B"}, {"prompt": "C"}]
     monkeypatch.setattr(train_rlhf, "REWARD", see(seen))
-    reward, scale = train_rlhf.load_reward(make_settings(*flags), rows, "cpu")
+    reward, scale = train_rlhf.load_reward(make_settings(*flags), rows, CPU)
     assert scale is None  # which is measured
     assert seen == [{"prompts": ["A", "C"], "completions": ["", " fine"]}]  # the try
     assert reward(rows, ["a", "b", "c"]) == [1.0, 2.0, 3.0]
@@ -568,7 +569,7 @@ def test_the_name_of_a_function_of_the_script_is_a_reward(make_settings, monkeyp
 
     monkeypatch.setattr(train_rlhf, "kindness", kindness, raising=False)
     reward, scale = train_rlhf.load_reward(
-        make_settings("--reward", "kindness"), [{"prompt": "I"}], "cpu"
+        make_settings("--reward", "kindness"), [{"prompt": "I"}], CPU
     )
     assert reward([{"prompt": "I"}], ["a"]) == [7.0]
     assert scale is None
@@ -578,7 +579,7 @@ def test_a_flag_counts_more_than_a_function_in_the_place_of_reward(make_settings
     monkeypatch.setattr(train_rlhf, "REWARD", see([]))
     rows = [{"prompt": "Life is"}]
     settings = make_settings("--reward", "positive_word_reward")
-    reward, _ = train_rlhf.load_reward(settings, rows, "cpu")
+    reward, _ = train_rlhf.load_reward(settings, rows, CPU)
     assert reward(rows * 2, [" good", " bad"]) == [1.0, -1.0]
 
 

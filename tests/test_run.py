@@ -210,7 +210,7 @@ def test_both_models_are_measured_on_enough_samples_by_default():
 def test_a_processor_is_named_with_its_threads(monkeypatch):
     for threads, name in (1, "CPU with 1 thread"), (4, "CPU with 4 threads"):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert train_rlhf.device_name("cpu") == name
+        assert train_rlhf.device_name(torch.device("cpu")) == name
 
 
 def test_the_picture(learned):
@@ -384,8 +384,9 @@ def test_a_stop_while_the_libraries_are_imported_shows_no_stack_trace(script):
         process.communicate(timeout=1.5)  # importing takes several seconds
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == (b"", b"")
-    assert process.returncode == -signal.SIGINT
+    told = b"\nStopped: by a signal; there was nothing to save yet\n"
+    assert process.communicate(timeout=60) == (b"", told)
+    assert process.returncode == 128 + signal.SIGINT
 
 
 def test_a_second_signal_stops_at_once(run_script, demo_model, tmp_path):
@@ -798,12 +799,13 @@ def test_a_reward_that_fails_in_the_middle_costs_no_finished_step(
     assert_ended_alike(folder, undisturbed)
 
 
-@pytest.mark.parametrize(("seed", "good"), [(1, 0), (0, 1)], ids=["at once", "after a good step"])
+@pytest.mark.parametrize(("epochs", "good"), [(2, 0), (1, 1)], ids=["at once", "after a good step"])
 def test_a_run_that_blows_up_keeps_the_checkpoint_from_before(
-    call_main, demo_model, tmp_path, capsys, seed, good
+    call_main, demo_model, tmp_path, capsys, epochs, good
 ):
-    flags = ["--learning-rate", "1e18", "--ppo-epochs", "2", "--save-every", "1"]
-    flags += ["--training-epochs", "4", "--seed", seed]
+    """Nothing is wrong with the first update but its size, which the second one meets."""
+    flags = ["--learning-rate", "1e18", "--ppo-epochs", epochs, "--save-every", "1"]
+    flags += ["--training-epochs", "4"]
     assert call_main("--model-name", demo_model, *SHORT, *flags) == 1
     reason = "three steps in a row had updates that are not finite"
     remedy = "lower TARGET_APPROX_KL, or start anew with a lower LEARNING_RATE or DTYPE float32"

@@ -1,10 +1,16 @@
 """The flags, the help, and what the README names. Constants: test_constants.py, bad values: test_inputs.py."""
 
+import importlib
 import io
 import re
+import resource
+import subprocess
+import sys
 import tokenize
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 
 import train_rlhf
 from train_rlhf import SettingsError
@@ -177,8 +183,57 @@ def test_help_of_a_file_whose_comments_are_gone(script, read_help, tmp_path, mov
     assert ("\n# price of one nat" in shown) == moved
 
 
+# ------------------------------------------------------------------------------------------------------------ speed
+LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "numpy", "peft", "torch", "transformers")
+LIBRARIES += ("trl",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "start"),
+    [
+        (["--help"], 0, "usage: train_rlhf.py [--flag VALUE"),
+        (["-h", "--colour"], 0, "usage: train_rlhf.py [--flag VALUE"),
+        (["--colour"], 2, "Nothing was started or changed:\n- --colour is no flag"),
+        (["--gamma", "2", "--batch-size", "x"], 2, "Nothing was started or changed:\n- BATCH_SIZE is x"),
+        (["--batch-size", "7", "--mini-batch-size", "2"], 2, "Nothing was started or changed:\n- MINI_BATCH_SIZE is 2"),
+        (["--prompts", "none.txt"], 2, "Nothing was started or changed:\n- PROMPTS is none.txt"),
+        (["--output-dir", ".."], 2, "Nothing was started or changed:\n- OUTPUT_DIR is ..: "),
+    ],
+)  # fmt: skip
+def test_an_answer_about_settings_does_not_wait_for_libraries(
+    script, tmp_path, flags, status, start
+):
+    """They take seconds to import, and whoever looks up a flag wants none of them."""
+    (tmp_path / "other").write_text("")
+    folder = tmp_path / "here"
+    folder.mkdir()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-X", "importtime", str(script), *flags]
+    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    lines = done.stderr.splitlines()
+    imports = [line for line in lines if line.startswith("import time:")]
+    modules = {line.rpartition("|")[2].strip().partition(".")[0] for line in imports}
+    told = done.stdout + "\n".join(line for line in lines if line not in imports)
+    assert (done.returncode, told[: len(start)]) == (status, start)
+    assert "argparse" in modules and not modules & {*LIBRARIES}
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 1
+
+
+def test_a_library_is_the_one_of_that_name():
+    for name in LIBRARIES:
+        library = vars(train_rlhf)[name]
+        assert isinstance(library, train_rlhf.Library)
+        assert library.__version__ is importlib.import_module(name).__version__
+        assert not hasattr(library, "no_such_thing")
+        kept = {attribute for attribute in vars(library) if not attribute.startswith("__")}
+        assert kept == set()  # so that whoever replaces an attribute of the library is heard
+
+
 # ---------------------------------------------------------------------------------------------------------- README
 def test_every_flag_and_constant_that_the_readme_names_exists(script):
+    """A section that names a launcher of several processes may name the launcher's flags too."""
     text = (script.parent / "README.md").read_text(encoding="utf-8")
     flags = {"--help", *(train_rlhf.flag_of(name) for name in NAMES)}
     flags |= {
@@ -188,9 +243,13 @@ def test_every_flag_and_constant_that_the_readme_names_exists(script):
         for name in names.split()
     }
     text = re.sub(r"pip install [^&\n]*", "", text)  # whose flags are pip's
-    given = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", text))
-    assert given, "the README shows no flag"
-    assert given <= flags
+    assert "--" in text, "the README shows no flag"
+    launchers = {"accelerate launch": launch_command_parser(), "torchrun": get_args_parser()}
+    for section in re.split("^## ", text, flags=re.M):
+        given = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", section))
+        own = [parser for name, parser in launchers.items() if name in section]
+        theirs = {flag for parser in own for flag in parser._option_string_actions}
+        assert given <= flags | theirs
     named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)*)[ `]", text))
     assert named, "the README names no constant"
     assert named <= {*NAMES, "README"}
