@@ -41,19 +41,21 @@ VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
     "the last token gets the score": (["--score-prefixes", "false"], ""),
     "KL in the reward alone": (
         [],
-        "exact_kl = train_rlhf.ExactKLTrainer._kl_penalty\n"
+        "from trl import PPOTrainer\n"
+        "exact_kl = PPOTrainer._kl_penalty\n"
         "def without_gradient(self, *logprobs):\n"
         "    return exact_kl(self, *logprobs).detach()\n"
-        "train_rlhf.ExactKLTrainer._kl_penalty = without_gradient",
+        "PPOTrainer._kl_penalty = without_gradient",
     ),
     "advantages whitened": (
         [],
+        "from trl import PPOTrainer\n"
         "from trl.core import masked_whiten\n"
-        "loss = train_rlhf.ExactKLTrainer.loss\n"
+        "loss = PPOTrainer.loss\n"
         "def of_whitened(self, advantages, mask, **others):\n"  # an update has the whole batch
         "    advantages = masked_whiten(advantages, mask)\n"
         "    return loss(self, advantages=advantages, mask=mask, **others)\n"
-        "train_rlhf.ExactKLTrainer.loss = of_whitened",
+        "PPOTrainer.loss = of_whitened",
     ),
     "the critic does not see what was earned": (
         [],
@@ -72,7 +74,8 @@ VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
         "train_rlhf.set_learning_rate = straight",
     ),
     "LAM 1": (["--lam", "1"], ""),
-    "TARGET_APPROX_KL * 4": (["--target-approx-kl", "0.01"], ""),
+    "TARGET_APPROX_KL * 4": (["--target-approx-kl", "0.032"], ""),
+    "PPO_EPOCHS 4": (["--ppo-epochs", "4"], ""),
     "KL_COEF / 2": (["--kl-coef", "0.05"], ""),
     "KL_COEF * 2": (["--kl-coef", "0.2"], ""),
 }
