@@ -863,17 +863,10 @@ def is_file(entry):
 def read_rows(name, entries, prompt_field):
     """Return the rows that the entries of a setting stand for: those of a file, one for a text."""
     rows = []
-    remedy = f"give a {', '.join(FORMATS)} file with a prompt a row, in UTF-8"
     for entry in entries:
-        if not is_file(entry):
-            rows.append({"prompt": entry})
-            continue
-        with blame(name, entry, remedy):
-            found = []
-            for number, row in enumerate(read_table(entry), start=1):
-                field = "prompt" if isinstance(row, str) else prompt_field
-                row = {"prompt": row} if isinstance(row, str) else row
-                found.append(row | {"prompt": prompt_of(row, field, number)})
+        with blame(name, entry, f"give a {', '.join(FORMATS)} file with a prompt a row, in UTF-8"):
+            table = read_table(entry) if is_file(entry) else [entry]
+            found = [with_prompt(row, prompt_field, i) for i, row in enumerate(table, start=1)]
             if not any(row["prompt"] for row in found):
                 raise ValueError("it has no prompts")
             rows += found
@@ -900,8 +893,10 @@ def read_table(path):
     return rows
 
 
-def prompt_of(row, prompt_field, number):
-    """Return the prompt of a row of a file: a text, which may be empty, or a list of messages."""
+def with_prompt(row, prompt_field, number):
+    """Return a row with its prompt: a text, which may be empty, or a list of messages."""
+    if isinstance(row, str):
+        return with_prompt({"prompt": row}, "prompt", number)
     names = ["prompt", "messages", "text", "instruction", "question"]
     names = [name for name in names if name in row] if prompt_field == "auto" else [prompt_field]
     if not names or names[0] not in row:
@@ -909,14 +904,14 @@ def prompt_of(row, prompt_field, number):
         raise ValueError(f"row {number}: {fields}")
     prompt = row[names[0]]
     if isinstance(prompt, str) and not prompt.strip():
-        return ""
+        return row | {"prompt": ""}
     if names[0] == "instruction" and row.get("input"):
         prompt = f"{prompt}\n{row['input']}"
     with suppress(Exception):
         while isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]  # which is for the policy to say
         convert(last_said(prompt), "text", ())
-        return prompt
+        return row | {"prompt": prompt}
     raise ValueError(f"row {number}: its {names[0]} is {shorten(row[names[0]])}, no text")
 
 
