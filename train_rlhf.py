@@ -507,26 +507,19 @@ def count_steps(settings, rows):
 def set_learning_rate(optimizer, metrics, total_steps, settings, limit=1.5):
     """Set the rate with which the last step would have moved as far as the next one should.
 
-    The rates that suit small and large models differ by orders of magnitude, the nats per token
-    that a step moves do not; they grow with the square of the rate, which changes by the factor
-    `limit` at most. The target falls from TARGET_APPROX_KL to 0 as (1 - progress)^3: large steps
-    early, to get there, and ever finer ones later, since the noise of the last steps stays in the
-    result. An approx_kl of None was not finite: far too much.
+    Nats per token, which suit models of any size, grow with its square; it changes by the factor
+    `limit` at most. The target falls as a cube to 0: the noise of the last steps would stay.
     """
     target = settings.target_approx_kl * (1 - len(metrics) / total_steps) ** 3
     approx_kl = metrics[-1]["approx_kl"]
-    factor = 0 if approx_kl is None else math.sqrt(target / max(approx_kl, 1e-12))
+    factor = 0 if approx_kl is None else math.sqrt(target / max(approx_kl, 1e-12))  # None: too much
     for group in optimizer.param_groups:
         if settings.target_approx_kl > 0:
             group["lr"] *= min(max(factor, 1 / limit), limit)
 
 
 def random_numbers(key, rows, length):
-    """Return (rows, length) float32 numbers, uniform in (0, 1].
-
-    Those of a row depend on the key, three whole numbers, and on its place alone, so that a run can
-    go on anywhere, with batches of any size and any number of processes.
-    """
+    """Return (rows, length) numbers, uniform in (0, 1], each row's by key and its place alone."""
     drawn = [numpy.random.default_rng([*key, place]).random(length) for place in range(len(rows))]
     return torch.tensor(1 - numpy.array(drawn), dtype=torch.float32)
 
@@ -600,8 +593,8 @@ def measure_scale(policy, tokenizer, reward, rows, settings):
 def on_scale(scores, scale):
     """Return scores as they are trained on, graded ones with mean 0 and deviation 1 at the start.
 
-    KL_COEF and VALUE_CLIP_RANGE are in units of the score. Where good scores are rare, they are
-    many deviations away, and would be worth any KL: what is far away counts by its logarithm.
+    Where good scores are rare, they are many deviations away, and would be worth any KL: what is
+    far away counts by its logarithm.
     """
     scaled = (scores - scale["mean"]) / scale["deviation"]
     return scaled.asinh() if scale["graded"] else scaled
@@ -653,7 +646,6 @@ def measure(trainer, policy, tokenizer, reward, scale, rows, numbers, settings, 
     """Return the figures of the model, or the base model, on a response to each row, and the scores."""
 
     def act(rows, numbers):
-        """Return what is measured on this process's share of the samples."""
         queries = encode(tokenizer, rows, settings.chat_template)
         with trainer.optional_peft_ctx() if base else nullcontext():
             size = settings.eval_batch_size
@@ -683,10 +675,7 @@ def measure(trainer, policy, tokenizer, reward, scale, rows, numbers, settings, 
 
 
 def compare_with_base(trainer, policy, queries, responses, base):
-    """Return each response's KL(model || base model) in nats and base logprob, as lists.
-
-    The KL of the base model itself, with base, is 0 and takes no pass.
-    """
+    """Return each response's KL(model || base model) in nats and base logprob, as lists."""
     kls, ref_logprobs = [], []
     size = trainer.config.mini_batch_size
     for start in progress(range(0, len(queries), size)):
@@ -709,8 +698,7 @@ def kl_minimum(score, base_scores):
     """Return the least KL in nats of any policy with this mean score, None where all scores are one.
 
     It is the largest tilt * score - ln E[e^(tilt * score)] over all tilts (Donsker and Varadhan
-    1983), E over samples of the base model. They can't tell how rare their best is, so the mean is
-    kept away from it as if half a sample were an average one.
+    1983), E over samples of the base model, the mean kept half a sample off their best and worst.
     """
     if base_scores.min() == base_scores.max():
         return None
@@ -761,8 +749,7 @@ def load_reward(settings, rows, device):
 def call_reward(function, rows, texts):
     """Return the scores of texts, responses to the prompts of the rows, as floats.
 
-    A function is called as TRL's GRPOTrainer calls one: prompts as they stand in the rows,
-    completions as texts, or as conversations where the prompts are, other fields; all are copies.
+    A function is called as TRL's GRPOTrainer calls one, with copies of all.
     """
     arguments = copy.deepcopy({name: [row[name] for row in rows] for name in rows[0]})
     prompts, completions = arguments.pop("prompt"), []
@@ -834,10 +821,7 @@ FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".p
 
 
 def read_prompts(prompts, eval_prompts, prompt_field, seed):
-    """Return the rows to train on, the rows held out, and how many were empty or there already.
-
-    A row is a dictionary with a prompt, a text or a list of messages, and what else its file has.
-    """
+    """Return the rows to train on, the rows held out, and how many were empty or there already."""
     ends = eval_prompts[:1] + eval_prompts[5:]  # of those above, which suit no file
     holds_out = ends == ["Right now I am", "I woke up feeling"] and any(map(is_file, prompts))
     rows = read_rows("PROMPTS", prompts, prompt_field)
