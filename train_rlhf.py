@@ -683,14 +683,11 @@ def compare_with_base(trainer, policy, queries, responses, base):
         inputs, mask = pad_batch(trainer.tokenizer, *some, trainer.accelerator.device)
         inputs["earned"] = torch.zeros_like(mask)  # on which the values alone depend
         all_ref_logprobs = trainer.ref_pass(inputs)
+        with torch.no_grad():
+            all_logprobs = all_ref_logprobs if base else policy(**inputs)[0]
         tokens = inputs["input_ids"][:, -mask.shape[1] :]
         ref_logprobs += (of_tokens(all_ref_logprobs, tokens) * mask).sum(1).tolist()
-        kl = torch.zeros_like(all_ref_logprobs[:, :, 0])
-        if not base:
-            with torch.no_grad():
-                all_logprobs, _ = policy(**inputs)
-            kl = trainer._kl_penalty(all_logprobs, all_ref_logprobs)
-        kls += (kl * mask).sum(1).tolist()
+        kls += (trainer._kl_penalty(all_logprobs, all_ref_logprobs) * mask).sum(1).tolist()
     return kls, ref_logprobs
 
 
