@@ -537,12 +537,8 @@ def make_record(step, texts, scores, stats, scale, rows):
         **stats,
         "distinct": len(set(texts)) / len(texts),
     }
-    return {name: finite(value) for name, value in record.items()}
-
-
-def finite(value):
-    """Return a number, or None for one that is not finite."""
-    return value if value is not None and math.isfinite(value) else None
+    not_finite = [name for name in record if not math.isfinite(record[name] or 0)]
+    return record | dict.fromkeys(not_finite)
 
 
 def success_rate(scores, threshold):
@@ -1565,7 +1561,7 @@ def open_log(settings, metrics, total):
             with open(samples_path, "a", encoding="utf-8") as file:
                 for row, text, score, kl in zip(rows, texts, scores, kls):
                     line = {"step": step, "prompt": row["prompt"], "response": text}
-                    line |= {"score": score, "kl": finite(kl)}
+                    line |= {"score": score, "kl": kl if math.isfinite(kl) else None}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
             if tracker:
                 tracker.log(record, step=step)  # it leaves out what is None
