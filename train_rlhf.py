@@ -904,12 +904,10 @@ def is_turn(prompt, chat_template):
 
 def rows_of_step(step, rows, batch_size, seed):
     """Return the next batch_size rows; every epoch has each once, in an order of its own."""
-    batch = []
-    for index in range((step - 1) * batch_size, step * batch_size):
-        epoch, place = divmod(index, len(rows))
-        order = numpy.random.default_rng([seed, epoch]).permutation(len(rows))
-        batch.append(rows[order[place]])
-    return batch
+    places = [divmod(index, len(rows)) for index in range(step * batch_size)[-batch_size:]]
+    drawn = {epoch: numpy.random.default_rng([seed, epoch]) for epoch, _ in places}
+    orders = {epoch: numbers.permutation(len(rows)) for epoch, numbers in drawn.items()}
+    return [rows[orders[epoch][place]] for epoch, place in places]
 
 
 def texts_of(tokenizer, query, responses):
