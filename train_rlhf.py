@@ -1688,19 +1688,16 @@ def summarize(report, folder):
     """Return the result in Markdown, with what to try, and Python that loads the model."""
     settings, base, trained = report["settings"], report["base"], report["trained"]
     parts = [report[model][prompts] for prompts in base for model in ("base", "trained")]
-    columns = dict(zip(["  base", "trained", "base, held out", "trained, held out"], parts))
+    titles = ["  base", "trained", "base, held out", "trained, held out"][: len(parts)]
     lines = [f"# {Path(settings['model_name']).name}, fine-tuned with PPO", ""]
-    lines += [f"| {'':21} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {'':21} | {' | '.join(titles)} |", "|---" * (len(parts) + 1) + "|"]
     names = ("score", "standard_error", "win_rate", "success_rate", "kl", "kl_minimum", "distinct")
     for name in (*names, "perplexity_under_base"):
-        figures = []
-        for title, part in columns.items():
-            figure = "-" if part[name] is None else f"{part[name]:z.3f}"
-            figures.append(figure.rjust(len(title)))
-        lines.append(f"| {name:21} | {' | '.join(figures)} |")
+        figures = ["-" if part[name] is None else f"{part[name]:z.3f}" for part in parts]
+        cells = [figure.rjust(len(title)) for figure, title in zip(figures, titles)]
+        lines.append(f"| {name:21} | {' | '.join(cells)} |")
     where = f"{report['samples']} samples in {report['seconds']:.0f} seconds on {report['device']}"
-    lines += ["", f"{where}, seed {settings['seed']}. The first response to each prompt,"]
-    lines += ["with the same random numbers before and after:", ""]
+    lines += ["", f"{where}, seed {settings['seed']}. The first response to each prompt:", ""]
     for prompts in base:
         after = trained[prompts]["first_sample"]
         for prompt, before in list(base[prompts]["first_sample"].items())[:6]:
@@ -1711,9 +1708,7 @@ def summarize(report, folder):
     before, after = parts[:2]
     advice = ""
     if not report["close_to_base"]:
-        advice = (
-            "\nLittle is left of it: lower LEARNING_RATE and TARGET_APPROX_KL or raise KL_COEF."
-        )
+        advice = "\nLittle is left of it: lower LEARNING_RATE, TARGET_APPROX_KL or raise KL_COEF."
     elif before["standard_error"] == after["standard_error"] == 0:
         advice = "\nAll responses score the same: try words or prompts with which some are better."
     elif not report["learned"]:
