@@ -604,8 +604,7 @@ def make_report(trainer, policy, tokenizer, reward, scale, rows, eval_rows, sett
     for number, (part, asked) in enumerate(parts.items(), start=1):
         if asked:
             asked = rows_to_measure(asked, settings.eval_samples)
-            key = settings.seed, 0, number  # the same random numbers before and after
-            numbers = random_numbers(key, asked, settings.max_new_tokens)
+            numbers = random_numbers((settings.seed, 0, number), asked, settings.max_new_tokens)
             measured = trainer, policy, tokenizer, reward, scale, asked, numbers, settings
             base[part], base_scores[part] = measure(*measured, base=True)
             trained[part], scores = measure(*measured)
