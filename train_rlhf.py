@@ -1542,9 +1542,8 @@ def open_log(settings, metrics, total):
     shape = "{n_fmt}/{total_fmt} |{bar:12}| {remaining} left, {desc}"
     tracker = None
     if settings.report_to == "tensorboard":
-        tracker = accelerate.tracking.TensorBoardTracker(
-            "tensorboard", settings.output_dir, purge_step=done + 1
-        )
+        kind = accelerate.tracking.TensorBoardTracker
+        tracker = kind("tensorboard", settings.output_dir, purge_step=done + 1)
         tracker.start()
     watched = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))  # None: closed
     no_bar = not watched or done == total
