@@ -600,8 +600,7 @@ def make_report(trainer, policy, tokenizer, reward, scale, rows, eval_rows, sett
     """Return the content of report.json, and the base model's scores on the training's prompts."""
     print(f"\nMeasuring before and after, {settings.eval_samples} samples each time", flush=True)
     base, trained, base_scores = {}, {}, {}
-    parts = {"train_prompts": rows, "eval_prompts": eval_rows}
-    for number, (part, asked) in enumerate(parts.items(), start=1):
+    for number, part, asked in ((1, "train_prompts", rows), (2, "eval_prompts", eval_rows)):
         if asked:
             asked = rows_to_measure(asked, settings.eval_samples)
             numbers = random_numbers((settings.seed, 0, number), asked, settings.max_new_tokens)
