@@ -725,8 +725,7 @@ def load_reward(settings, rows, device):
     def reward(rows, texts):
         if of_texts:
             prompts, chat = [row["prompt"] for row in rows], settings.chat_template
-            plain = [last_said(prompt) + "\n" * is_turn(prompt, chat) for prompt in prompts]
-            rows = [{"prompt": text} for text in plain]
+            rows = [{"prompt": last_said(each) + "\n" * is_turn(each, chat)} for each in prompts]
         return call_reward(function, rows, texts)
 
     try:
