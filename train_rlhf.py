@@ -1542,10 +1542,9 @@ def open_log(settings, metrics, total):
         kind = accelerate.tracking.TensorBoardTracker
         tracker = kind("tensorboard", settings.output_dir, purge_step=done + 1)
         tracker.start()
-    watched = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))  # None: closed
-    no_bar = not watched or done == total
-    say = partial(print, flush=True) if no_bar else tqdm.write
-    with tqdm(total=total, initial=done, bar_format=shape, disable=no_bar) as bar:
+    watched = done < total and all(file and file.isatty() for file in (sys.stdout, sys.stderr))
+    say = tqdm.write if watched else partial(print, flush=True)
+    with tqdm(total=total, initial=done, bar_format=shape, disable=not watched) as bar:
 
         def log(metrics, rows, texts, scores, kls):
             step, record = len(metrics), metrics[-1]
@@ -1567,7 +1566,7 @@ def open_log(settings, metrics, total):
             bar.update()
             if step % settings.log_every == 0 or step == total:
                 left = tqdm.format_interval(record["seconds"] / step * (total - step))
-                if no_bar:
+                if not watched:
                     say(f"step {step}/{total}, {left} left, {text}")
                 said = " ".join(f"{last_said(rows[0]['prompt'])} | {texts[0]}".split())
                 width = shutil.get_terminal_size().columns // (1 if said.isascii() else 2)
