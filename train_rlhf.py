@@ -933,68 +933,60 @@ class SettingsError(Exception):
     """Settings or input that can't work; its arguments each name a setting, its value, a remedy."""
 
 
-RULES = [  # what a constant takes, within what, whether --resume may change it, and its name
-    ("text", (), False, "MODEL_NAME REWARD REWARD_LABEL PROMPT_FIELD"),
-    ("text", (), True, "OUTPUT_DIR"),
-    ("text", ("none", "8bit", "4bit"), False, "QUANTIZATION"),
-    ("text", ("auto", "cpu", "cuda", "mps"), True, "DEVICE"),
-    ("text", ("auto", "float32", "bfloat16", "float16"), False, "DTYPE"),
-    ("text", ("none", "tensorboard"), True, "REPORT_TO"),
-    ("list of texts", 1, False, "LORA_TARGETS POSITIVE_WORDS PROMPTS"),
-    ("list of texts", 0, False, "EVAL_PROMPTS"),
-    ("switch", None, False, "SCORE_PREFIXES CHAT_TEMPLATE"),
-    ("switch", None, True, "RESUME GRADIENT_CHECKPOINTING"),
-    ("whole number", (1, 10**6), False, "LORA_RANK LORA_ALPHA"),
-    ("whole number", (1, 10**6), False, "BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS"),
-    ("whole number", (1, 10**6), True, "EVAL_SAMPLES EVAL_BATCH_SIZE LOG_EVERY"),
-    ("whole number", (0, 10**6), True, "MINI_BATCH_SIZE SAVE_EVERY"),
-    ("whole number", (0, 10**6), False, "SCALE_SAMPLES"),
-    ("whole number", (0, 2**32 - 1), False, "SEED"),
-    ("number", (1e-6, 10**6), True, "TRAINING_EPOCHS"),
-    ("number", (1e-30, 1e30), False, "LEARNING_RATE"),  # float32 holds these, and their products
-    ("number", (0, 1e30), False, "KL_COEF VF_COEF"),
-    ("number", (0, 1e30), True, "TARGET_APPROX_KL MAX_GRAD_NORM"),
-    ("number", (0.01, 100), False, "TEMPERATURE"),
-    ("number", (1e-6, 1000), False, "CLIP_RANGE VALUE_CLIP_RANGE"),
-    ("number", (0, 1), False, "GAMMA LAM"),
-    ("number, or auto,", (-(10**15), 10**15), True, "SUCCESS_THRESHOLD"),
+RULES = [  # what to give for a constant, its limits, whether --resume may change it, and its name
+    ("a text", None, False, "MODEL_NAME REWARD REWARD_LABEL PROMPT_FIELD"),
+    ("a text", None, True, "OUTPUT_DIR"),
+    ("none, 8bit or 4bit", None, False, "QUANTIZATION"),
+    ("auto, cpu, cuda or mps", None, True, "DEVICE"),
+    ("auto, float32, bfloat16 or float16", None, False, "DTYPE"),
+    ("none or tensorboard", None, True, "REPORT_TO"),
+    ("a list of texts, none empty", 1, False, "LORA_TARGETS POSITIVE_WORDS PROMPTS"),
+    ("a list of texts, none empty", 0, False, "EVAL_PROMPTS"),
+    ("True or False", None, False, "SCORE_PREFIXES CHAT_TEMPLATE"),
+    ("True or False", None, True, "RESUME GRADIENT_CHECKPOINTING"),
+    ("a whole number", (1, 10**6), False, "LORA_RANK LORA_ALPHA"),
+    ("a whole number", (1, 10**6), False, "BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS"),
+    ("a whole number", (1, 10**6), True, "EVAL_SAMPLES EVAL_BATCH_SIZE LOG_EVERY"),
+    ("a whole number", (0, 10**6), True, "MINI_BATCH_SIZE SAVE_EVERY"),
+    ("a whole number", (0, 10**6), False, "SCALE_SAMPLES"),
+    ("a whole number", (0, 2**32 - 1), False, "SEED"),
+    ("a number", (1e-6, 10**6), True, "TRAINING_EPOCHS"),
+    ("a number", (1e-30, 1e30), False, "LEARNING_RATE"),  # float32 holds these, and their products
+    ("a number", (0, 1e30), False, "KL_COEF VF_COEF"),
+    ("a number", (0, 1e30), True, "TARGET_APPROX_KL MAX_GRAD_NORM"),
+    ("a number", (0.01, 100), False, "TEMPERATURE"),
+    ("a number", (1e-6, 1000), False, "CLIP_RANGE VALUE_CLIP_RANGE"),
+    ("a number", (0, 1), False, "GAMMA LAM"),
+    ("a number, or auto,", (-(10**15), 10**15), True, "SUCCESS_THRESHOLD"),
 ]
 
 
-def convert(value, kind, allowed):
-    """Return a value as its kind, within what is allowed, or raise whatever is in the way.
+def convert(value, kind, limits):
+    """Return a value as its kind, within the limits, or raise whatever is in the way.
 
     A text may stand for a number, a path or function for a text, one text for a list of one.
     """
-    if kind == "switch":
+    if kind == "True or False":
         return {"true": True, "false": False}[str(value).lower()]
-    if kind == "list of texts":
+    if "list" in kind:
         texts = value if isinstance(value, list | tuple) else [value]
-        if len(texts) < allowed:
+        if len(texts) < limits:
             raise ValueError
-        return [convert(text, "text", ()) for text in texts]
-    if kind == "text":
+        return [convert(text, "a text", None) for text in texts]
+    if "number" not in kind:
         text = value.__name__ if inspect.isfunction(value) else os.fspath(value)
         text.encode()  # an error for half a character, as "\ud800"
-        if not text.strip() or "\0" in text or (allowed and text not in allowed):
+        choices = re.split(", | or ", kind)
+        if not text.strip() or "\0" in text or (len(choices) > 1 and text not in choices):
             raise ValueError
         return text
     if "auto" in kind and value == "auto":
         return value
-    number, whole = float(value), kind == "whole number"
-    outside = isinstance(value, bool) or not allowed[0] <= number <= allowed[1]
+    number, whole = float(value), "whole" in kind
+    outside = isinstance(value, bool) or not limits[0] <= number <= limits[1]
     if outside or (whole and number % 1):
         raise ValueError
     return int(number) if whole else number
-
-
-def describe(kind, allowed):
-    """Return what convert takes, in words."""
-    if "number" in kind:
-        return f"a {kind} from {allowed[0]} to {allowed[1]}"
-    if kind == "text" and allowed:
-        return f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-    return {"switch": "True or False", "text": "a text"}.get(kind, f"a {kind}, none empty")
 
 
 def read_settings(argv, constants, rules, checks):
@@ -1005,13 +997,14 @@ def read_settings(argv, constants, rules, checks):
     """
     given, problems = read_flags(argv, constants, rules)
     settings = {}
-    for kind, allowed, _, names in rules:
+    for kind, limits, _, names in rules:
         for name in names.split():
             value = given.get(name, constants.get(name))
             try:
-                settings[name.lower()] = convert(value, kind, allowed)
+                settings[name.lower()] = convert(value, kind, limits)
             except Exception:  # whatever an object may raise when it is converted
-                problems.append(f"{name} is {shorten(value)}: give {describe(kind, allowed)}")
+                reach = " from {} to {}".format(*limits) if "number" in kind else ""
+                problems.append(f"{name} is {shorten(value)}: give {kind}{reach}")
     for check in checks:
         names = inspect.signature(check).parameters
         try:
@@ -1038,10 +1031,10 @@ def read_flags(argv, constants, rules):
     kinds = {name: kind for kind, _, _, names in rules for name in names.split()}
     flags = [flag_of(name) for name in kinds]
     for name, flag in zip(kinds, flags):
-        count = "*" if kinds[name] == "list of texts" else "?"
-        alone = True if kinds[name] == "switch" else None
+        count = "*" if "list" in kinds[name] else "?"
+        alone = True if kinds[name] == "True or False" else None
         parser.add_argument(flag, dest=name, nargs=count, const=alone, default=argparse.SUPPRESS)
-    switches = "|".join(flag_of(name)[2:] for name in kinds if kinds[name] == "switch")
+    switches = "|".join(flag_of(name)[2:] for name in kinds if kinds[name] == "True or False")
     argv = [re.sub(rf"^--no-({switches})$", r"--\1=false", argument) for argument in argv]
     given, unknown = parser.parse_known_args(argv)
     problems = []

@@ -720,13 +720,12 @@ arguments = strategies.one_of(
 pairs = strategies.lists(strategies.tuples(flags, values), max_size=4).map(
     lambda found: [*sum(found, ())]
 )
-TYPES = {
-    "whole number": (int,),
-    "number": (float,),
-    "number, or auto,": (float, str),
-    "text": (str,),
-    "switch": (bool,),
-    "list of texts": (list,),
+TYPES = {kind: (str,) for kind in KINDS.values()} | {
+    "a whole number": (int,),
+    "a number": (float,),
+    "a number, or auto,": (float, str),
+    "True or False": (bool,),
+    "a list of texts, none empty": (list,),
 }
 
 

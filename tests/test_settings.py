@@ -239,7 +239,7 @@ def test_every_flag_and_constant_that_the_readme_names_exists(script):
     flags |= {
         train_rlhf.flag_of(f"NO_{name}")
         for kind, _, _, names in train_rlhf.RULES
-        if kind == "switch"
+        if kind == "True or False"
         for name in names.split()
     }
     text = re.sub(r"pip install [^&\n]*", "", text)  # whose flags are pip's
