@@ -1288,13 +1288,6 @@ def join_processes(device):
     return state.device
 
 
-def wait_for_main_process():
-    """Let the main process save and tell first: a launcher ends all when one has ended."""
-    if not is_main_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        time.sleep(20)
-
-
 def share_out(function, rows, numbers):
     """Return the columns that the function finds for all rows, each process doing its share.
 
@@ -1746,12 +1739,13 @@ def main(argv=()):
                 run(settings)
             print(end="", flush=True)  # where the output can't be written, it is told here
         return 0
-    except SettingsError as error:
-        wait_for_main_process()
-        print("Nothing was started or changed:", *error.args, sep="\n- ", file=sys.stderr)
-        return 2
     except (Stopped, Exception) as error:
-        wait_for_main_process()
+        if not is_main_process():  # which saves and tells first: a launcher ends all with one
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            time.sleep(20)
+        if isinstance(error, SettingsError):
+            print("Nothing was started or changed:", *error.args, sep="\n- ", file=sys.stderr)
+            return 2
         stopped = isinstance(error, Stopped)
         reason = "by a signal" if stopped else settings and explain(error, settings)
         if not reason:
