@@ -1294,19 +1294,17 @@ def share_out(function, rows, numbers):
     function: takes some of the rows and of the numbers, and returns lists of a value for each. A
     RunError that it raises in one process is raised in all.
     """
-    state, found, error = accelerate.PartialState(), None, None
+    state = accelerate.PartialState()
     first, last = (len(rows) * (state.process_index + n) // state.num_processes for n in (0, 1))
     try:
-        if first < last:
-            found = function(rows[first:last], numbers[first:last])
-    except RunError as failure:
-        error = failure
-    all_found = accelerate.utils.gather_object([(found, error)])
-    for _, error in all_found:
-        if error:
-            raise error
-    columns = zip(*(found for found, _ in all_found if found))
-    return [[*itertools.chain(*column)] for column in columns]
+        found = function(rows[first:last], numbers[first:last]) if first < last else ()
+    except RunError as error:
+        found = error
+    all_found = accelerate.utils.gather_object([found])
+    for found in all_found:
+        if isinstance(found, RunError):
+            raise found
+    return [[*itertools.chain(*column)] for column in zip(*filter(None, all_found))]
 
 
 # ----------------------------------------------------------------------------- output, checkpoints
