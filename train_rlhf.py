@@ -1135,12 +1135,8 @@ def load_model(settings, rows, eval_rows, device, dtype):
         tokenizer = load_tokenizer(path)
         rows = prompts_that_fit(path, tokenizer, rows, settings)
         eval_rows = prompts_that_fit(path, tokenizer, eval_rows, settings)
-        return (
-            load_base_model(path, device, dtype, settings.quantization),
-            tokenizer,
-            rows,
-            eval_rows,
-        )
+        model = load_base_model(path, device, dtype, settings.quantization)
+    return model, tokenizer, rows, eval_rows
 
 
 def load_tokenizer(path):
