@@ -1435,9 +1435,8 @@ def stop_on_signal(after_step=False):
     pause = 2 if "WORLD_SIZE" in os.environ else 0  # in which a launcher passes on what all got
 
     def handle(number, frame):
-        if not after_step:
-            raise Stopped(number)
-        if stop.requested and time.monotonic() - stop.time >= pause:
+        again = stop.requested and time.monotonic() - stop.time >= pause
+        if again or not after_step:
             raise Stopped(number)
         if not stop.requested and is_main_process():
             print("\nStopping after this step; once more to stop at once", file=sys.stderr)
