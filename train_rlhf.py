@@ -1280,8 +1280,7 @@ def join_processes(device):
     if neighbours > 1:
         threads = max(os.cpu_count() // neighbours, 1)  # more than cores would wait for each other
         torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads))))
-    state = accelerate.PartialState(cpu=device == "cpu")
-    return state.device
+    return accelerate.PartialState(cpu=device == "cpu").device
 
 
 def share_out(function, rows, numbers):
@@ -1354,9 +1353,8 @@ def trained_weights(model):
 def save_checkpoint(model, optimizer, scaler, settings, metrics, **more):
     """Replace the last checkpoint, if there was a step and its weights are finite."""
     weights = trained_weights(model)
-    if not metrics or not all(weight.isfinite().all() for weight in weights.values()):
-        return
-    if not is_main_process():
+    finite = all(weight.isfinite().all() for weight in weights.values())
+    if not (metrics and finite and is_main_process()):
         return
     state = more | {  # no random states: each step sets its own seed
         "settings": vars(settings),
