@@ -1187,7 +1187,6 @@ def make_policy(model, tokenizer, settings):
         do_sample=True,
         temperature=settings.temperature,
         top_k=0,
-        top_p=1.0,
         max_new_tokens=settings.max_new_tokens,
         bos_token_id=own.bos_token_id,
         eos_token_id=end_tokens(own.eos_token_id, tokenizer),
@@ -1203,8 +1202,7 @@ def make_policy(model, tokenizer, settings):
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
-        lora_dropout=0.0,  # dropout would change the ratio of a policy to itself
-    )
+    )  # without dropout, which would change the ratio of a policy to itself
     torch.manual_seed(settings.seed)  # of the adapter's first values
     with blame("LORA_TARGETS", targets, "name linear layers of this model, or all-linear"):
         adapted = peft.get_peft_model(model, lora)
