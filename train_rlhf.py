@@ -1259,8 +1259,7 @@ def pick_device(device, dtype):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto" and device == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if has_bfloat16 else "float16"
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if dtype == "auto" and device == "cpu" and torch.cpu._is_amx_tile_supported():
         dtype = "bfloat16"  # for which such a CPU has matrix units
     return device, "float32" if dtype == "auto" else dtype
