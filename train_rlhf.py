@@ -962,10 +962,7 @@ RULES = [  # what to give for a constant, its limits, whether --resume may chang
 
 
 def convert(value, kind, limits):
-    """Return a value as its kind, within the limits, or raise whatever is in the way.
-
-    A text may stand for a number, a path or function for a text, one text for a list of one.
-    """
+    """Return a value as its kind, which another may stand for, within the limits, or raise anything."""
     if kind == "True or False":
         return {"true": True, "false": False}[str(value).lower()]
     if "list" in kind:
@@ -990,11 +987,7 @@ def convert(value, kind, limits):
 
 
 def read_settings(argv, constants, rules, checks):
-    """Return a script's constants, overridden by the flags in argv, as a namespace.
-
-    Raises SettingsError with all problems at once. checks: functions whose arguments are settings;
-    one that uses a setting that is wrong by itself is left out.
-    """
+    """Return constants as a namespace, flags in argv before them, or raise all problems at once."""
     given, problems = read_flags(argv, constants, rules)
     settings = {}
     for kind, limits, _, names in rules:
@@ -1006,9 +999,9 @@ def read_settings(argv, constants, rules, checks):
                 reach = " from {} to {}".format(*limits) if "number" in kind else ""
                 problems.append(f"{name} is {shorten(value)}: give {kind}{reach}")
     for check in checks:
-        names = inspect.signature(check).parameters
+        names = inspect.signature(check).parameters  # which are settings
         try:
-            if settings.keys() >= names.keys():
+            if settings.keys() >= names.keys():  # none of them is wrong by itself
                 check(*(settings[name] for name in names))
         except SettingsError as error:
             problems += error.args
@@ -1281,11 +1274,7 @@ def join_processes(device):
 
 
 def share_out(function, rows, numbers):
-    """Return the columns that the function finds for all rows, each process doing its share.
-
-    function: takes some of the rows and of the numbers, and returns lists of a value for each. A
-    RunError that it raises in one process is raised in all.
-    """
+    """Return the columns that the function finds for all rows, each process doing its share."""
     state = accelerate.PartialState()
     first, last = (len(rows) * (state.process_index + n) // state.num_processes for n in (0, 1))
     try:
@@ -1295,7 +1284,7 @@ def share_out(function, rows, numbers):
     all_found = accelerate.utils.gather_object([found])
     for found in all_found:
         if isinstance(found, RunError):
-            raise found
+            raise found  # in all processes
     return [[*itertools.chain(*column)] for column in zip(*filter(None, all_found))]
 
 
