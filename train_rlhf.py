@@ -1013,8 +1013,7 @@ def read_settings(argv, constants, rules, checks):
 def read_flags(argv, constants, rules):
     """Return {constant: value} of the flags in argv, and a list of problems; --help ends here."""
     if "--help" in argv or "-h" in argv:
-        path = constants.get("__file__", os.devnull)  # none in a notebook
-        source = Path(path).read_text(encoding="utf-8")
+        source = Path(constants["__file__"]).read_text(encoding="utf-8")
         block = "".join(re.findall("^# --- .+?(?=^# -----)", source, re.M | re.S))
         flags = re.sub("^[A-Z_]+", lambda name: flag_of(name[0]), block, flags=re.M)
         print(f"usage: {Path(sys.argv[0]).name} [--flag VALUE …]", end="    ")
