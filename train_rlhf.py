@@ -211,7 +211,7 @@ def train(trainer, policy, tokenizer, reward, scale, rows, settings, metrics, sa
 class PolicyWithValueHead:
     """TRL's language model with a value head that also sees what a response has earned so far."""
 
-    def __init__(self, model, temperature, checkpointed):
+    def __init__(self, model, temperature):
         super().__init__(model, summary_dropout_prob=0.0)
         self.temperature = temperature
         self.is_peft_model = True  # tells TRL that the base model is this one with its adapter off
@@ -221,7 +221,6 @@ class PolicyWithValueHead:
         arguments = inspect.signature(model.get_base_model().forward).parameters
         self.takes_positions = "position_ids" in arguments
         self.takes_columns = "logits_to_keep" in arguments
-        self.checkpointed = checkpointed  # the layers that compute again what backward needs
 
     def forward(self, input_ids, attention_mask, earned):
         """Return the logprobs of all tokens at each place of the response, and the value before it.
@@ -239,11 +238,7 @@ class PolicyWithValueHead:
             inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding has none
         if self.takes_columns:
             inputs["logits_to_keep"] = before  # a token is drawn where the one before it stands
-        for layer in self.checkpointed:
-            layer.gradient_checkpointing = torch.is_grad_enabled()
         logits, _, values = super().forward(**inputs)
-        for layer in self.checkpointed:
-            layer.gradient_checkpointing = False  # with which generation would lose its cache
         logits = logits if self.takes_columns else logits[:, before]
         values = values[:, before]
         all_logprobs = torch.log_softmax(logits / self.temperature, dim=-1)
@@ -1184,11 +1179,11 @@ def make_policy(model, tokenizer, settings):
         eos_token_id=end_tokens(own.eos_token_id, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
-    checkpointed = []
-    if settings.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        layer = transformers.modeling_layers.GradientCheckpointingLayer
-        checkpointed = [each for each in model.modules() if isinstance(each, layer)]
+    if settings.gradient_checkpointing:  # backward computes again what is inside of a layer
+        options = {"use_reentrant": False, "preserve_rng_state": False}  # which draws no numbers
+        for layer in model.modules():
+            if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer):
+                layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, **options)
     targets = settings.lora_targets
     lora = peft.LoraConfig(
         r=settings.lora_rank,
@@ -1203,12 +1198,7 @@ def make_policy(model, tokenizer, settings):
         if unknown and targets != ["all-linear"]:  # PEFT says so only where no name is known
             raise ValueError(f"the model has no layer {unknown}")
     kind = joined(PolicyWithValueHead, trl.AutoModelForCausalLMWithValueHead)
-    policy = kind(adapted, settings.temperature, checkpointed).to(model.device).eval()
-    for layer in checkpointed:
-        layer.training = True  # a condition of transformers; what is in the layer is not, and the
-        layer.gradient_checkpointing = False  # layer's own dropout, if it has one, goes
-        vars(layer).update({name: 0.0 for name in vars(layer) if name.endswith("dropout")})
-    return policy
+    return kind(adapted, settings.temperature).to(model.device).eval()
 
 
 def joined(own, other):
