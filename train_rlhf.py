@@ -503,14 +503,16 @@ def set_learning_rate(optimizer, metrics, total_steps, settings, limit=1.5):
     """Set the rate with which the last step would have moved as far as the next one should.
 
     Nats per token, which suit models of any size, grow with its square; it changes by the factor
-    `limit` at most. The target falls as a cube to 0: the noise of the last steps would stay.
+    `limit` at most, and ends at 100 LEARNING_RATE, where there is nothing to learn. The target
+    falls as a cube to 0: the noise of the last steps would stay.
     """
     target = settings.target_approx_kl * (1 - len(metrics) / total_steps) ** 3
     approx_kl = metrics[-1]["approx_kl"]
     factor = 0 if approx_kl is None else math.sqrt(target / max(approx_kl, 1e-12))  # None: too much
     for group in optimizer.param_groups:
         if settings.target_approx_kl > 0:
-            group["lr"] *= min(max(factor, 1 / limit), limit)
+            rate = group["lr"] * min(max(factor, 1 / limit), limit)
+            group["lr"] = min(rate, 100 * settings.learning_rate)
 
 
 def random_numbers(key, rows, length):
@@ -1329,22 +1331,22 @@ def save_checkpoint(model, optimizer, scaler, settings, metrics, **more):
     """Replace the last checkpoint, if there was a step and its weights are finite."""
     weights = trained_weights(model)
     finite = all(weight.isfinite().all() for weight in weights.values())
-    if not (metrics and finite and is_main_process()):
-        return
-    state = more | {  # no random states: each step sets its own seed
-        "settings": vars(settings),
-        "metrics": metrics,
-        "weights": weights,
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict() if scaler else None,
-    }
-    content, new = io.BytesIO(), Path(settings.output_dir, "checkpoint", "new", "state.pt")
-    torch.save(state, content)  # not into the file: what it raises for a full disk says nothing
-    with open(new, "wb") as file:
-        file.write(content.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(new.parents[1] / "state.pt")
+    if metrics and finite and is_main_process():
+        state = more | {  # no random states: each step sets its own seed
+            "settings": vars(settings),
+            "metrics": metrics,
+            "weights": weights,
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        content, new = io.BytesIO(), Path(settings.output_dir, "checkpoint", "new", "state.pt")
+        torch.save(state, content)  # not into the file: what it raises for a full disk says nothing
+        with open(new, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(new.parents[1] / "state.pt")
+    accelerate.PartialState().wait_for_everyone()  # a process that ends would end the main one
 
 
 def hash_files(paths):
@@ -1705,9 +1707,9 @@ def main(argv=()):
             print(end="", flush=True)  # where the output can't be written, it is told here
         return 0
     except (Stopped, Exception) as error:
-        if not is_main_process():  # which saves and tells first: a launcher ends all with one
+        if not is_main_process():  # which tells first: a launcher ends all with one
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            time.sleep(20)
+            time.sleep(5)
         if isinstance(error, SettingsError):
             print("Nothing was started or changed:", *error.args, sep="\n- ", file=sys.stderr)
             return 2
