@@ -493,11 +493,20 @@ def next_rate(approx_kl, target, total_steps):
     """Return by which factor the rate changes after six steps, with a target for the first."""
     optimizer = SimpleNamespace(param_groups=[{"lr": 1e-4}, {"lr": 3e-4}])
     metrics = [{"approx_kl": 123.0}] * 5 + [{"approx_kl": approx_kl}]
-    settings = SimpleNamespace(target_approx_kl=target)
+    settings = SimpleNamespace(target_approx_kl=target, learning_rate=1e-4)
     train_rlhf.set_learning_rate(optimizer, metrics, total_steps, settings)
     first, second = (group["lr"] for group in optimizer.param_groups)
     assert second == pytest.approx(3 * first)
     return first / 1e-4
+
+
+def test_the_rate_has_a_bound_where_nothing_can_be_learned():
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1e-4}])
+    settings = SimpleNamespace(target_approx_kl=0.01, learning_rate=1e-4)
+    for steps in range(1, 50):
+        metrics = [{"approx_kl": 0.0}] * steps  # as where all scores are alike
+        train_rlhf.set_learning_rate(optimizer, metrics, 90, settings)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2)
 
 
 @pytest.mark.parametrize(
