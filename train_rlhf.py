@@ -1502,13 +1502,12 @@ def open_log(settings, metrics, total):
 
         def log(metrics, rows, texts, scores, kls):
             step, record = len(metrics), metrics[-1]
-            with open(path, "a") as file:
+            with open(path, "a") as file, open(samples_path, "a", encoding="utf-8") as samples:
                 file.write(json.dumps(record) + "\n")
-            with open(samples_path, "a", encoding="utf-8") as file:
                 for row, text, score, kl in zip(rows, texts, scores, kls):
                     line = {"step": step, "prompt": row["prompt"], "response": text}
                     line |= {"score": score, "kl": kl if math.isfinite(kl) else None}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    samples.write(json.dumps(line, ensure_ascii=False) + "\n")
             if tracker:
                 tracker.log(record, step=step)  # it leaves out what is None
             for text in warnings_of(metrics, settings.max_new_tokens):
