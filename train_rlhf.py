@@ -500,12 +500,10 @@ def count_steps(settings, rows):
 
 
 def set_learning_rate(optimizer, metrics, total_steps, settings, limit=1.5):
-    """Set the rate with which the last step would have moved as far as the next one should.
-
-    Nats per token, which suit models of any size, grow with its square; it changes by the factor
-    `limit` at most, and ends at 100 LEARNING_RATE, where there is nothing to learn. The target
-    falls as a cube to 0: the noise of the last steps would stay.
-    """
+    """Set the rate with which the last step would have moved as far as the next one should."""
+    # Nats per token, which suit models of any size, grow with the square of the rate, which ends at
+    # 100 LEARNING_RATE where nothing can be learned. The target falls as a cube to 0: the noise of
+    # the last steps would stay.
     target = settings.target_approx_kl * (1 - len(metrics) / total_steps) ** 3
     approx_kl = metrics[-1]["approx_kl"]
     factor = 0 if approx_kl is None else math.sqrt(target / max(approx_kl, 1e-12))  # None: too much
@@ -561,7 +559,7 @@ AS_IT_IS = {"mean": 0.0, "deviation": 1.0, "graded": False, "threshold": None}  
 
 
 def measure_scale(policy, tokenizer, reward, rows, settings):
-    """Return what on_scale needs, from samples of the base model, and the threshold of a success."""
+    """Return what on_scale needs and a success's threshold, from samples of the base model."""
     if not settings.scale_samples:
         return AS_IT_IS
 
@@ -584,12 +582,9 @@ def measure_scale(policy, tokenizer, reward, rows, settings):
 
 
 def on_scale(scores, scale):
-    """Return scores as they are trained on, graded ones with mean 0 and deviation 1 at the start.
-
-    Where good scores are rare, they are many deviations away, and would be worth any KL: what is
-    far away counts by its logarithm.
-    """
+    """Return scores as they are trained on: graded ones begin with mean 0 and deviation 1."""
     scaled = (scores - scale["mean"]) / scale["deviation"]
+    # Where good ones are rare, far from the mean, they would be worth any KL: so their logarithm.
     return scaled.asinh() if scale["graded"] else scaled
 
 
@@ -634,7 +629,7 @@ def make_report(trainer, policy, tokenizer, reward, scale, rows, eval_rows, sett
 
 
 def measure(trainer, policy, tokenizer, reward, scale, rows, numbers, settings, base=False):
-    """Return the figures of the model, or the base model, on a response to each row, and the scores."""
+    """Return the figures of the model, or the base model, on responses to rows, and the scores."""
 
     def act(rows, numbers):
         queries = encode(tokenizer, rows, settings.chat_template)
@@ -683,11 +678,9 @@ def compare_with_base(trainer, policy, queries, responses, base):
 
 
 def kl_minimum(score, base_scores):
-    """Return the least KL in nats of any policy with this mean score, None where all scores are one.
-
-    It is the largest tilt * score - ln E[e^(tilt * score)] over all tilts (Donsker and Varadhan
-    1983), E over samples of the base model, the mean kept half a sample off their best and worst.
-    """
+    """Return the least KL of any policy with this mean score, None where all scores are one."""
+    # It is the largest tilt * score - ln E[e^(tilt * score)] over all tilts (Donsker and Varadhan
+    # 1983), E over samples of the base model, the mean kept half a sample off their best and worst.
     if base_scores.min() == base_scores.max():
         return None
     mean, deviation, kept = base_scores.mean(), base_scores.std(), 1 - 0.5 / len(base_scores)
@@ -700,7 +693,7 @@ def kl_minimum(score, base_scores):
 
 # ------------------------------------------------------------------------------------- the rewards
 def load_reward(settings, rows, device):
-    """Return the function from rows and texts to scores, tried on two texts, and its scale or None."""
+    """Return the function from rows and texts to scores, tried on two, and its scale or None."""
     name, scale, of_texts = settings.reward, None, False
     functions = {each.__name__: each for each in globals().values() if inspect.isfunction(each)}
     if name == "positive_word_reward":
@@ -733,10 +726,7 @@ def load_reward(settings, rows, device):
 
 
 def call_reward(function, rows, texts):
-    """Return the scores of texts, responses to the prompts of the rows, as floats.
-
-    A function is called as TRL's GRPOTrainer calls one, with copies of all.
-    """
+    """Return the scores of texts as floats, from a function called as TRL's GRPOTrainer would."""
     arguments = copy.deepcopy({name: [row[name] for row in rows] for name in rows[0]})
     prompts, completions = arguments.pop("prompt"), []
     for prompt, text in zip(prompts, texts):
