@@ -644,8 +644,7 @@ def measure(trainer, policy, tokenizer, reward, scale, rows, numbers, settings, 
     for row, text in zip(rows, texts):
         first_sample.setdefault(last_said(row["prompt"]), text)
     if not math.isfinite(sum(kls)):
-        remedy = "set DTYPE to float32, or lower TARGET_APPROX_KL"
-        raise RunError(f"what was measured is not finite: {remedy}")
+        raise RunError("the measurement is not finite: set DTYPE float32 or lower TARGET_APPROX_KL")
     all_scores = torch.tensor(scores, dtype=torch.float64)
     figures = {
         "samples": len(texts),

@@ -341,9 +341,9 @@ def test_a_model_with_weights_that_are_not_finite_is_not_saved(
 ):
     spoil(bad_weight, math.nan, STEPS)
     assert call_main("--model-name", demo_model, *SMALL) == 1
-    remedy = "set DTYPE to float32, or lower TARGET_APPROX_KL"
+    remedy = "set DTYPE float32 or lower TARGET_APPROX_KL"
     saved = f"what was learned up to step {STEPS - 1} is saved."
-    message = f"\nStopped: what was measured is not finite: {remedy}; {saved}"
+    message = f"\nStopped: the measurement is not finite: {remedy}; {saved}"
     assert capsys.readouterr().err.startswith(message)
     assert not list((tmp_path / "trained_model").rglob("model.safetensors"))
 
