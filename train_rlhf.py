@@ -1546,9 +1546,8 @@ def progress(steps):
 def device_name(device):
     """Return the device in words."""
     threads = torch.get_num_threads()
-    cpu = f"CPU with {threads} thread{'s' * (threads > 1)}"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Apple GPU"
-    name = cpu if device.type == "cpu" else name
+    names = {"cpu": f"CPU with {threads} thread{'s' * (threads > 1)}", "mps": "Apple GPU"}
+    name = names.get(device.type) or torch.cuda.get_device_name(device)
     processes = accelerate.PartialState().num_processes
     return name if processes == 1 else f"{processes} processes, each {name}"
 
