@@ -1444,9 +1444,8 @@ def lacks_memory(error):
 def shorten(value, length=80):
     """Return the first line of the value's text, of at most so many characters."""
     first, *others = str(value).strip().splitlines() or ["empty"]
-    if not others and len(first) <= length:
-        return first
-    return first[: length - 1].rstrip(" .:") + "…"
+    is_whole = not others and len(first) <= length
+    return first if is_whole else first[: length - 1].rstrip(" .:") + "…"
 
 
 def announce(policy, settings, device, dtype, rows, eval_rows, given, metrics):
