@@ -903,8 +903,7 @@ def texts_of(tokenizer, query, responses):
 def encode(tokenizer, rows, chat_template):
     """Return the queries, a 1-D tensor of token ids for the prompt of each row."""
     queries = []
-    for row in rows:
-        prompt = row["prompt"]
+    for prompt in [row["prompt"] for row in rows]:
         if is_turn(prompt, chat_template):  # the template has a start token, where one is wanted
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
