@@ -1450,8 +1450,7 @@ def shorten(value, length=80):
 def announce(policy, settings, device, dtype, rows, eval_rows, given, metrics):
     """Print what is going to happen."""
     trained, total = policy.pretrained_model.get_nb_trainable_parameters()  # without the value head
-    steps, epoch = count_steps(settings, rows), math.ceil(len(rows) / settings.batch_size)
-    whole = f", all prompts once would take {epoch}" if settings.training_epochs < 1 else ""
+    steps = count_steps(settings, rows)
     left_out = given - len(rows) - len(eval_rows)
     left = f", {left_out} left out: empty, given twice or too long" if left_out else ""
     going_on = f", going on after step {len(metrics)}" if metrics else ""
@@ -1459,8 +1458,7 @@ def announce(policy, settings, device, dtype, rows, eval_rows, given, metrics):
     print(f"Device    {device_name(device)}, {dtype} weights")
     print(f"Prompts   {len(rows)} to train on, {len(eval_rows)} held out{left}")
     print(f"Reward    {settings.reward}")
-    samples = steps * settings.batch_size
-    print(f"Training  {samples} samples in {steps} steps{whole}, seed {settings.seed}")
+    print(f"Training  {steps * settings.batch_size} samples in {steps} steps, seed {settings.seed}")
     print(f"Output    {settings.output_dir}/{going_on}\n", flush=True)
 
 
