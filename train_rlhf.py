@@ -973,16 +973,35 @@ def convert(value, kind, limits):
 
 def read_settings(argv, constants, rules, checks):
     """Return constants as a namespace, flags in argv before them, or raise all problems at once."""
-    given, problems = read_flags(argv, constants, rules)
-    settings = {}
-    for kind, limits, _, names in rules:
-        for name in names.split():
-            value = given.get(name, constants.get(name))
-            try:
-                settings[name.lower()] = convert(value, kind, limits)
-            except Exception:  # whatever an object may raise when it is converted
-                reach = " from {} to {}".format(*limits) if "number" in kind else ""
-                problems.append(f"{name} is {shorten(value)}: give {kind}{reach}")
+    if "--help" in argv or "-h" in argv:
+        source = Path(constants["__file__"]).read_text(encoding="utf-8")
+        block = "".join(re.findall("^# --- .+?(?=^# -----)", source, re.M | re.S))
+        flags = re.sub("^[A-Z_]+", lambda name: flag_of(name[0]), block, flags=re.M)
+        print(f"usage: {Path(sys.argv[0]).name} [--flag VALUE …]", end="    ")
+        print(f"(for this run, in place of a constant)\n\n{flags.replace('  # fmt: skip', '')}")
+        sys.exit(0)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    kinds = {name: (kind, limits) for kind, limits, _, names in rules for name in names.split()}
+    for name, (kind, _) in kinds.items():
+        count = "*" if "list" in kind else "?"
+        alone = True if kind == "True or False" else None
+        parser.add_argument(flag_of(name), dest=name, nargs=count, const=alone)
+    parser.set_defaults(**{name: constants.get(name) for name in kinds})
+    switches = "|".join(flag_of(name)[2:] for name in kinds if kinds[name][0] == "True or False")
+    argv = [re.sub(rf"^--no-({switches})$", r"--\1=false", argument) for argument in argv]
+    given, unknown = parser.parse_known_args(argv)
+    problems, settings = [], {}
+    for text in unknown:
+        meant = difflib.get_close_matches(text.partition("=")[0], map(flag_of, kinds), n=2)
+        hint = f"did you mean {' or '.join(meant)}?" if meant else "--help lists all"
+        problems.append(f"{shorten(text)} is no flag, and follows none: {hint}")
+    for name, (kind, limits) in kinds.items():
+        value = getattr(given, name)
+        try:
+            settings[name.lower()] = convert(value, kind, limits)
+        except Exception:  # whatever an object may raise when it is converted
+            reach = " from {} to {}".format(*limits) if "number" in kind else ""
+            problems.append(f"{name} is {shorten(value)}: give {kind}{reach}")
     for check in checks:
         names = inspect.signature(check).parameters  # which are settings
         try:
@@ -993,33 +1012,6 @@ def read_settings(argv, constants, rules, checks):
     if problems:
         raise SettingsError(*problems)
     return SimpleNamespace(**settings)
-
-
-def read_flags(argv, constants, rules):
-    """Return {constant: value} of the flags in argv, and a list of problems; --help ends here."""
-    if "--help" in argv or "-h" in argv:
-        source = Path(constants["__file__"]).read_text(encoding="utf-8")
-        block = "".join(re.findall("^# --- .+?(?=^# -----)", source, re.M | re.S))
-        flags = re.sub("^[A-Z_]+", lambda name: flag_of(name[0]), block, flags=re.M)
-        print(f"usage: {Path(sys.argv[0]).name} [--flag VALUE …]", end="    ")
-        print(f"(for this run, in place of a constant)\n\n{flags.replace('  # fmt: skip', '')}")
-        sys.exit(0)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    kinds = {name: kind for kind, _, _, names in rules for name in names.split()}
-    flags = [flag_of(name) for name in kinds]
-    for name, flag in zip(kinds, flags):
-        count = "*" if "list" in kinds[name] else "?"
-        alone = True if kinds[name] == "True or False" else None
-        parser.add_argument(flag, dest=name, nargs=count, const=alone, default=argparse.SUPPRESS)
-    switches = "|".join(flag_of(name)[2:] for name in kinds if kinds[name] == "True or False")
-    argv = [re.sub(rf"^--no-({switches})$", r"--\1=false", argument) for argument in argv]
-    given, unknown = parser.parse_known_args(argv)
-    problems = []
-    for text in unknown:
-        meant = difflib.get_close_matches(text.partition("=")[0], flags, n=2)
-        hint = f"did you mean {' or '.join(meant)}?" if meant else "--help lists all"
-        problems.append(f"{shorten(text)} is no flag, and follows none: {hint}")
-    return vars(given), problems
 
 
 def flag_of(name):
