@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm import tqdm
 
 
@@ -1277,8 +1277,8 @@ def claim_output(folder, resume):
             output.rename(f"{output}-{number}")
             print(f"The earlier run in {output}/ was moved to {output}-{number}/")
             lock.acquire()
-    except (OSError, Timeout) as error:
-        reason = getattr(error, "strerror", None) or "another run is writing there"
+    except OSError as error:
+        reason = error.strerror or "another run is writing there"
         raise SettingsError(f"OUTPUT_DIR is {output}: {reason}: name another folder") from error
     try:
         shutil.rmtree(new, ignore_errors=True)  # what a killed run left
