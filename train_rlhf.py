@@ -1336,7 +1336,7 @@ def hash_files(paths):
 
 
 def load_checkpoint(model, optimizer, scaler, settings, rules, steps, files):
-    """Put all back to the last checkpoint, and return it; tell where code has changed since."""
+    """Put all back to the last checkpoint, and return it."""
     state = check_resume(settings, rules, steps, files)
     with blame("RESUME", True, "start without it"):  # it may be of another model in the same folder
         for name, weight in trained_weights(model).items():
@@ -1344,9 +1344,6 @@ def load_checkpoint(model, optimizer, scaler, settings, rules, steps, files):
         optimizer.load_state_dict(state["optimizer"])
         if scaler and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-    for path, content in files.items():
-        if content != state["files"].get(path, content):  # code, which may have been mended
-            print(f"{path} has changed since the checkpoint; from now on it counts as it is")
     return state
 
 
@@ -1363,7 +1360,7 @@ def check_resume(settings, rules, steps, files):
         if value != old:
             problem = f"{name} is {shorten(value)}, but {shorten(old)} in the checkpoint"
             problems.append(f"{problem}: give that or start anew")
-    for path, content in files.items():
+    for path, content in files.items():  # all but code, which may have been mended
         if content != earlier.get(path, content) and not path.endswith(".py"):
             problems.append(f"{path} has changed since the checkpoint: put it back or start anew")
     if not problems and done > steps:

@@ -525,8 +525,6 @@ def test_a_reward_that_fails_in_the_middle_costs_no_finished_step(
     (folder / "mine.py").write_text(mine.replace("2.0", "3.0") + "\n", encoding="utf-8")
     (tmp_path / "limit").unlink()
     assert call_main(*flags, "--resume") == 0
-    changed = "rewards/mine.py has changed since the checkpoint; from now on it counts as it is"
-    assert f"{changed}\n" in capsys.readouterr().out
     assert len(read_metrics(output)) == 3
     assert read_metrics(output)[:2] == metrics
 
