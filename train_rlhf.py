@@ -1657,10 +1657,9 @@ def silence_libraries():
     noise = r"`PPO(Config|Trainer)` is dep|No dataset is|.*is_gradient_checkpointing|fan_in_fan_out"
     warnings.filterwarnings("ignore", message=noise)
     warnings.filterwarnings("error", message=".*tied layer is part of the adapter")  # not mergeable
-    for library in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
-        logging.getLogger(library).setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()  # of loading weights
-    transformers.logging.set_verbosity_error()
+    for library in ("bitsandbytes", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     datasets.logging.set_verbosity(logging.CRITICAL)
     datasets.disable_progress_bars()
 
