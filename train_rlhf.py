@@ -838,6 +838,7 @@ def read_table(path):
     if form in ("csv", "parquet"):
         options = {"encoding": "utf-8-sig", "keep_default_na": False} if form == "csv" else {}
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # for which it would use the network
+        datasets.logging.set_verbosity(logging.CRITICAL)  # blame tells what it would
         options |= {"split": "train", "streaming": True}  # or a copy would stay in the cache
         rows = list(datasets.load_dataset(form, data_files=glob.escape(path), **options))
         if any("__index_level_0__" in row for row in rows):  # what pandas makes of unquoted commas
@@ -1660,8 +1661,6 @@ def silence_libraries():
     transformers.logging.disable_progress_bar()  # of loading weights
     for library in ("bitsandbytes", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    datasets.disable_progress_bars()
 
 
 def main(argv=()):
