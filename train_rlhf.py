@@ -1127,9 +1127,8 @@ def end_tokens(own, tokenizer):
     with suppress(Exception):  # there is no template, or one for other conversations
         after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("Hello")[2]
         tokens = tokenizer(after, add_special_tokens=False)["input_ids"]
-        ends = [token for token in tokens if token in tokenizer.added_tokens_decoder]
-        return list(dict.fromkeys(ids + ends[:1]))
-    return ids
+        ids = [*ids, next(token for token in tokens if token in tokenizer.added_tokens_decoder)]
+    return list(dict.fromkeys(ids))
 
 
 def prompts_that_fit(path, tokenizer, rows, settings):
