@@ -1666,6 +1666,7 @@ def main(argv=()):
     """Do a run with the constants, overridden by flags in argv; return the exit status."""
     with suppress(AttributeError):  # in a notebook, which shows everything anyway
         sys.stdout.reconfigure(errors="replace")  # a model may say what the screen can't show
+    sys.set_int_max_str_digits(0)  # so that a number of any length can be shown, shortened
     settings = None
     try:
         with stop_on_signal():
