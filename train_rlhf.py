@@ -1679,7 +1679,7 @@ def main(argv=()):
     except (Stopped, Exception) as error:
         if not is_main_process():  # which tells first: a launcher ends all with one
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            time.sleep(5)
+            time.sleep(8)
         if isinstance(error, SettingsError):
             print("Nothing was started or changed:", *error.args, sep="\n- ", file=sys.stderr)
             return 2

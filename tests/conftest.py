@@ -18,8 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_rlhf
 
-SMALL = ["--device", "cpu", "--dtype", "float32", "--batch-size", "4", "--max-new-tokens", "8"]
-SMALL += ["--eval-samples", "12"]
+SMALL = ["--device", "cpu", "--batch-size", "4", "--max-new-tokens", "8", "--eval-samples", "12"]
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,460 @@
+"""Two processes, started as torchrun starts them, do the run that one does; then torchrun itself.
+
+Most runs are children of the driver that forks, since importing takes seconds; those of torchrun,
+and those that look at threads and settings, are processes of their own.
+"""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fork_driver import environment
+from safetensors.torch import load_file
+
+from train_rlhf import read_checkpoint
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs the signals of Linux")
+
+STEPS = 20
+PROMPTS = ["I feel so", "This makes me", "I am really", "Today I am", "Life is"]
+FLAGS = ["--device", "cpu", "--batch-size", "6", "--max-new-tokens", "8", "--scale-samples", "15"]
+FLAGS += ["--prompts", *PROMPTS, "--eval-prompts", "My day was", "--eval-samples", "15"]
+FLAGS += ["--training-epochs", "24", "--save-every", "0", "--output-dir", "out"]
+SHORT = [
+    "--training-epochs",
+    "3",
+    "--eval-samples",
+    "1",
+]  # of a single sample one has nothing to do
+
+# The reward also writes down the weights of each process, and fails where it is told to.
+REWARD = """
+import os
+import time
+from pathlib import Path
+
+import torch
+import train_rlhf
+
+rank, failing = os.environ.get("RANK", "0"), os.environ.get("FAILING_CALL")
+calls, save_results, wait = [], train_rlhf.save_results, time.sleep
+if "COUNT_THREADS" in os.environ:
+    Path(f"threads-{rank}").write_text(str(torch.get_num_threads()))
+    raise ValueError("that is all")
+
+
+def save_results_and_weights(policy, *others):
+    torch.save(train_rlhf.trained_weights(policy), f"weights-{rank}.pt")
+    save_results(policy, *others)
+
+
+def wait_until_told(seconds):
+    Path(f"waits-{rank}").write_text(str(seconds))
+    while not Path("waited-enough").exists():
+        wait(0.02)
+
+
+def some_letters(prompts, completions, **kwargs):
+    calls.append(len(prompts))
+    if str(len(calls)) == failing and rank == "1":
+        time.sleep = wait_until_told
+        raise OSError("the judge is asleep")
+    return [len(set(text.lower()) & set("aeinorst")) for text in completions]
+
+
+train_rlhf.save_results = save_results_and_weights
+"""
+
+
+# ---------------------------------------------------------------------------------------- the runs
+def variables(port, rank):
+    """Return what torchrun puts into the environment of one of two processes."""
+    ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    ours |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in ours.items()}
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def flags(demo_model, tmp_path_factory):
+    """Return the flags of every run; its files lie in the folder where it is started."""
+    reward = tmp_path_factory.mktemp("reward") / "reward.py"
+    reward.write_text(REWARD)
+    return ["--model-name", str(demo_model), "--reward", f"{reward}:some_letters", *FLAGS]
+
+
+@pytest.fixture(scope="module")
+def start(start_script, flags):
+    """Start so many processes in a folder; one of them is sent the signals."""
+
+    def start_all(count, folder, *more, signals=(), signalled=1, **environment):
+        folder.mkdir(exist_ok=True)
+        port, children = free_port(), []
+        for rank in range(count):
+            own = variables(port, rank) if count > 1 else {}
+            sent = signals if rank == signalled % count else ()
+            options = own | environment | {"signals": sent, "quick": True}
+            children.append(start_script(folder, *flags, *more, **options))
+        return children
+
+    return start_all
+
+
+@pytest.fixture(scope="module")
+def run(start):
+    """Do a run to its end; return its folder and how each of its processes ended.
+
+    As a launcher does, it ends the others where the main one has failed.
+    """
+
+    def run_all(*args, **options):
+        main, *others = start(*args, **options)
+        ended = [main.end()]
+        for other in others:
+            if ended[0].status:
+                other.send_signal(signal.SIGTERM)
+            ended.append(other.end())
+        return SimpleNamespace(out=args[1] / "out", folder=args[1], ended=ended)
+
+    return run_all
+
+
+@pytest.fixture(scope="module")
+def one(run, tmp_path_factory):
+    """Return the end of a whole run of one process."""
+    return check_success(run(1, tmp_path_factory.mktemp("one")))
+
+
+@pytest.fixture(scope="module")
+def two(run, tmp_path_factory):
+    """Return the end of the same run of two processes."""
+    return check_success(run(2, tmp_path_factory.mktemp("two")))
+
+
+def check_success(result):
+    for ended in result.ended:
+        assert (ended.status, ended.stderr) == (0, "")
+    return result
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def check_alike(metrics, others):
+    """Check that two runs have the same metrics, to rounding."""
+    assert len(metrics) == len(others)
+    for record, other in zip(metrics, others):
+        assert record.keys() == other.keys()
+        for name in record.keys() - {"seconds"}:
+            if name in ("learning_rate", "approx_kl"):  # which are far smaller than the others
+                wanted = pytest.approx(other[name], rel=2e-2, abs=1e-6)
+            else:
+                wanted = pytest.approx(other[name], abs=1e-4)  # None is equal to itself
+            assert record[name] == wanted, (record["step"], name)
+
+
+def check_same_samples(out, other):
+    lines, others = (read_lines(folder / "samples.jsonl") for folder in (out, other))
+    assert len(lines) == len(others)
+    for line, wanted in zip(lines, others):
+        assert line | {"kl": 0} == wanted | {"kl": 0}
+        assert line["kl"] == pytest.approx(wanted["kl"], abs=1e-4)
+
+
+def check_same_run(out, other, steps):
+    """Check that two finished runs had the same samples and metrics, and so many steps."""
+    metrics, others = (read_lines(folder / "metrics.jsonl") for folder in (out, other))
+    assert len(metrics) == steps
+    check_alike(metrics, others)
+    check_same_samples(out, other)
+
+
+# ------------------------------------------------------------------------- the same as one process
+def test_two_processes_draw_the_same_responses_and_learn_the_same_from_them(one, two):
+    assert len(set(map(str, read_lines(one.out / "samples.jsonl")))) > STEPS
+    check_same_run(two.out, one.out, STEPS)
+    kl = [record["kl"] for record in read_lines(one.out / "metrics.jsonl")]
+    assert kl[-1] > 0.05  # it moved: what was compared is not the base model
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--batch-size", "5"],
+        ["--mini-batch-size", "3", "--gradient-checkpointing"],
+        ["--mini-batch-size", "2", "--ppo-epochs", "3", "--no-score-prefixes"],
+    ],
+    ids=["uneven", "uneven minibatches", "minibatches"],
+)
+def test_two_processes_learn_the_same_however_a_batch_is_divided(run, tmp_path, more):
+    results = [run(count, tmp_path / str(count), *SHORT, *more) for count in (1, 2)]
+    one, two = map(check_success, results)
+    steps = 3 if "--batch-size" in more else math.ceil(3 * len(PROMPTS) / 6)
+    check_same_run(two.out, one.out, steps)
+    check_same_report(two.out, one.out)
+    assert json.loads((one.out / "report.json").read_text())["base"]["eval_prompts"]["samples"] == 1
+
+
+def check_same_report(out, other):
+    """Check that two reports have the same figures, to rounding."""
+    report, wanted = (json.loads((folder / "report.json").read_text()) for folder in (out, other))
+    assert report["scale"] == about(wanted["scale"])
+    settings = [each["settings"] | {"resume": False} for each in (report, wanted)]
+    assert settings[0] == settings[1]
+    names = ("learned", "close_to_base", "samples", "dtype", "chat")
+    assert [report[name] for name in names] == [wanted[name] for name in names]
+    for model in ("base", "trained"):
+        for prompts, figures in report[model].items():
+            expected = wanted[model][prompts]
+            assert figures.pop("first_sample") == expected.pop("first_sample")
+            assert figures == about(expected)
+
+
+def about(figures):
+    """Return what is equal to the same figures, to rounding; some may be None."""
+    return {
+        name: figure if figure is None else pytest.approx(figure, rel=1e-4, abs=1e-4)
+        for name, figure in figures.items()
+    }
+
+
+def test_two_processes_measure_the_same_and_save_the_same_model(one, two):
+    check_same_report(two.out, one.out)
+    report = json.loads((two.out / "report.json").read_text())
+    assert report["base"]["train_prompts"]["samples"] == 15  # which two can't share evenly
+    assert report["scale"]["deviation"] != 1  # of samples that were shared out too
+    assert report["device"] == "2 processes, each CPU with 1 thread"
+    model, wanted = (load_file(result.out / "model.safetensors") for result in (two, one))
+    base = load_file(report["settings"]["model_name"] + "/model.safetensors")
+    assert model.keys() == wanted.keys()
+    for name, weight in model.items():
+        torch.testing.assert_close(weight, wanted[name], atol=1e-4, rtol=0)
+    moved = [(wanted[name] - base[name].float()).abs().max().item() for name in base]
+    assert max(moved) > 1e-3
+
+
+def test_both_processes_end_with_the_same_weights(two):
+    weights, others = (torch.load(two.folder / f"weights-{rank}.pt") for rank in (0, 1))
+    assert any("v_head" in name for name in weights) and any("lora" in name for name in weights)
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, others[name]), name
+    saved = read_checkpoint(two.out)["weights"]
+    assert all(torch.equal(saved[name], weight) for name, weight in weights.items())
+
+
+def test_only_the_main_process_prints_and_writes(one, two):
+    main, other = two.ended
+    assert (other.stdout, other.stderr) == ("", "")
+    assert {len(note.split()) for note in other.notes} == {1}  # phases it went through, no file
+    assert set(main.notes) == set(one.ended[0].notes)
+    assert main.stdout.count("Model     ") == main.stdout.count("Scale     ") == 1
+    assert sum(line.startswith("step ") for line in main.stdout.splitlines()) == STEPS // 5
+    assert list_names(two.out) == list_names(one.out)
+
+
+def list_names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# ------------------------------------------------------------------------------- stops and failures
+def check_stopped(stopped, number, steps):
+    """Check that a signal stopped both processes after a step, and that it was told once."""
+    main, other = stopped.ended
+    assert main.status == 128 + number
+    assert other.status == -signal.SIGTERM  # it waited, until this test ended it as a launcher
+    assert main.stderr.count("Stopped: ") == 1
+    told = f"\nStopped: by a signal; what was learned up to step {steps} is saved. "
+    assert main.stderr.endswith(f"{told}To go on, run the same line with --resume\n")
+    assert (other.stdout, other.stderr) == ("", "")
+    assert len(read_checkpoint(stopped.out)["metrics"]) == steps
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_in_one_process_stops_both(run, tmp_path, rank):
+    stopped = run(2, tmp_path, signals=[(2, signal.SIGINT)], signalled=rank)
+    check_stopped(stopped, signal.SIGINT, 2)
+    asked = stopped.ended[0].stderr.count("Stopping after this step; once more to stop at once")
+    assert asked == (rank == 0)
+
+
+def test_one_process_goes_on_where_two_were_stopped_by_a_signal_to_the_other(run, one, tmp_path):
+    stopped = run(2, tmp_path, signals=[(12, signal.SIGTERM)])
+    check_stopped(stopped, signal.SIGTERM, 12)
+    check_success(run(1, tmp_path, "--resume"))
+    check_same_run(stopped.out, one.out, STEPS)
+    check_same_report(stopped.out, one.out)
+
+
+def test_two_processes_go_on_where_one_stopped(run, one, tmp_path):
+    stopped = run(1, tmp_path, signals=[(9, signal.SIGTERM)])
+    assert stopped.ended[0].status == 128 + signal.SIGTERM
+    assert len(read_checkpoint(stopped.out)["metrics"]) == 9
+    check_success(run(2, tmp_path, "--resume"))
+    check_same_run(stopped.out, one.out, STEPS)
+    check_same_report(stopped.out, one.out)
+
+
+def test_a_reward_that_fails_in_one_process_ends_both(start, tmp_path):
+    # One call tries it, one measures the scale, and each step asks once.
+    main, other = start(2, tmp_path, FAILING_CALL="6")
+    ended = main.end()
+    assert other.poll() is None
+    assert 5 < float((tmp_path / "waits-1").read_text()) < 30  # after which torchrun would kill it
+    assert other.read("stderr") == ""  # until then only the main one has told
+    (tmp_path / "waited-enough").touch()
+    assert (ended.status, other.end().status) == (1, 1)
+    told, _, saved = ended.stderr.partition("; ")
+    assert other.read("stdout") == "" and other.read("stderr").startswith(f"{told}; ")
+    assert told.startswith("\nStopped: REWARD is some_letters: OSError('the judge is asleep') for ")
+    assert saved.startswith("what was learned up to step 3 is saved. To go on, run the same line")
+    assert ended.stderr.count("\n") == 2
+    state = read_checkpoint(tmp_path / "out")
+    assert len(state["metrics"]) == 3
+    assert all(weight.isfinite().all() for weight in state["weights"].values())
+
+
+# --------------------------------------------------------------------------- processes of their own
+@pytest.fixture
+def start_plainly(flags, tmp_path):
+    """Start two processes that import everything; a variable that is None is not set."""
+    processes = []
+
+    def start_both(line, *more, **changed):
+        port = free_port()
+        for rank in (0, 1):
+            own = environment(tmp_path) | variables(port, rank) | changed
+            process = subprocess.Popen(
+                [sys.executable, *line, *flags, *more],
+                cwd=tmp_path,
+                env={name: value for name, value in own.items() if value is not None},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+            )
+            processes.append(process)
+        return processes
+
+    yield start_both
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--batch-size", "1"], "BATCH_SIZE is 1: give at least 2, a response for each process"),
+        (
+            ["--mini-batch-size", "1"],
+            "MINI_BATCH_SIZE is 1: give at least 2, a response for each process",
+        ),
+        (["--gamma", "2"], "GAMMA is 2: give a number from 0 to 1"),
+    ],
+    ids=["batch", "minibatch", "gamma"],
+)
+def test_a_bad_setting_is_told_once_and_both_end(start_plainly, script, tmp_path, more, told):
+    main, other = start_plainly([script], *more)
+    out, err = main.communicate(timeout=60)
+    assert (main.returncode, out) == (2, "")
+    assert err == f"Nothing was started or changed:\n- {told}\n"
+    other.terminate()
+    assert other.communicate(timeout=60) == ("", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_response_is_a_batch_for_one_process(read_settings):
+    assert read_settings("--batch-size", "1").batch_size == 1
+
+
+def wait_for(condition, process):
+    """Wait until something is so, as long as the process lives and for some minutes at most."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_processes_share_the_cores(start_plainly, script, tmp_path):
+    code = f"import os, sys; os.cpu_count = lambda: 6; sys.path.insert(0, {str(script.parent)!r})"
+    code += "; import train_rlhf; train_rlhf.main(sys.argv[1:])"
+    _, other = start_plainly(["-c", code], OMP_NUM_THREADS=None, COUNT_THREADS="1")
+    wait_for(lambda: read_threads(tmp_path) == ["3", "3"], other)  # which waits before it tells
+
+
+def read_threads(folder):
+    return [path.read_text() for path in folder.glob("threads-*")]
+
+
+def test_processes_have_the_threads_that_the_environment_gives_them(run, tmp_path):
+    given = str(os.cpu_count())  # more than its share
+    result = run(2, tmp_path, OMP_NUM_THREADS=given, COUNT_THREADS="1")
+    assert result.ended[0].status == 2 and "that is all" in result.ended[0].stderr
+    assert read_threads(tmp_path) == [given, given]
+
+
+# ---------------------------------------------------------------------------------------- torchrun
+@pytest.fixture
+def start_torchrun(script, flags, tmp_path):
+    """Start torchrun with two processes, in a process group of its own."""
+    launchers = []
+
+    def start_group(*more):
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        with open(tmp_path / "stdout", "wb") as out, open(tmp_path / "stderr", "wb") as err:
+            launcher = subprocess.Popen(
+                [*line, "--nproc-per-node", "2", script, *flags, *more],
+                cwd=tmp_path,
+                env=environment(tmp_path),
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        launchers.append(launcher)
+        return launcher
+
+    yield start_group
+    for launcher in launchers:
+        if launcher.poll() is None:
+            for workers in Path("/proc", str(launcher.pid), "task").glob("*/children"):
+                for worker in map(int, workers.read_text().split()):
+                    os.kill(worker, signal.SIGKILL)  # which it started in sessions of their own
+            launcher.kill()
+            launcher.wait()
+
+
+def test_torchrun_does_a_run_to_its_end(start_torchrun, one, tmp_path):
+    launcher = start_torchrun()
+    assert launcher.wait(timeout=240) == 0, (tmp_path / "stderr").read_text()
+    check_same_run(tmp_path / "out", one.out, STEPS)
+    check_same_report(tmp_path / "out", one.out)
+    out = (tmp_path / "stdout").read_text()
+    assert out.count("Model     ") == out.count("To load it:") == 1
+
+
+def test_a_signal_to_all_of_torchrun_leaves_a_checkpoint(start_torchrun, tmp_path):
+    launcher = start_torchrun("--training-epochs", "10000")
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(read_lines(metrics)) > 3, launcher)
+    os.killpg(launcher.pid, signal.SIGINT)
+    wait_for(lambda: "Stopped: " in (tmp_path / "stderr").read_text(), launcher)
+    err = (tmp_path / "stderr").read_text()
+    steps = len(read_checkpoint(tmp_path / "out")["metrics"])
+    assert steps == len(read_lines(metrics)) > 3
+    assert err.count("Stopped: ") == 1
+    assert f"Stopped: by a signal; what was learned up to step {steps} is saved. To go on" in err
