@@ -112,7 +112,7 @@ LEARNING_RATE = 3e-4  # of the first step; the later ones follow TARGET_APPROX_K
 TARGET_APPROX_KL = 0.008  # nats per token of a step, falling to 0; 0 = LEARNING_RATE stays
 PPO_EPOCHS = 2  # passes over a batch; 1 = every sample is used once (needs TARGET_APPROX_KL 0)
 MINI_BATCH_SIZE = 0  # responses at once, a divisor of BATCH_SIZE; memory grows with it; 0 = all
-GRADIENT_CHECKPOINTING = False  # True saves memory for long responses, for a third more time
+GRADIENT_CHECKPOINTING = False  # True saves memory, most where responses are long; it is slower
 KL_COEF = 0.1  # price of one nat of KL against the base model, in scores; 0 = free to drift
 CLIP_RANGE = 0.2  # PPO's epsilon: nothing is gained by a probability ratio outside 1 ± CLIP_RANGE
 VALUE_CLIP_RANGE = 0.2  # the same for a value's change in one step, in units of the score
@@ -1163,9 +1163,13 @@ def make_policy(model, tokenizer, settings):
     )
     if settings.gradient_checkpointing:  # backward computes again what is inside of a layer
         options = {"use_reentrant": False, "preserve_rng_state": False}  # which draws no numbers
-        for layer in model.modules():
-            if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer):
-                layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, **options)
+        kind = transformers.modeling_layers.GradientCheckpointingLayer
+        layers = [module for module in model.modules() if isinstance(module, kind)]
+        for layer in layers:
+            layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, **options)
+        if not layers:
+            remedy = "give False, since the model has no layers made for it"
+            raise SettingsError(f"GRADIENT_CHECKPOINTING is True: {remedy}")
     targets = settings.lora_targets
     lora = peft.LoraConfig(
         r=settings.lora_rank,

@@ -17,7 +17,7 @@ import train_rlhf
 
 BORDER = "nothing below this line is PPO"
 LENGTH_OF_PPO = 500
-LENGTH = 1698  # 1300 is wanted
+LENGTH = 1702  # 1300 is wanted
 FOR_SIBLINGS = (
     *("read_settings", "load_tokenizer", "load_base_model", "claim_output", "save_checkpoint"),
     *("load_checkpoint", "stop_on_signal", "shorten", "blame"),

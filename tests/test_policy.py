@@ -365,6 +365,15 @@ def test_gradient_checkpointing_leaves_generation_its_cache(checkpointed, roll_o
     assert roll_out(plain, queries)[1] == texts
 
 
+def test_gradient_checkpointing_is_refused_where_it_would_do_nothing(
+    build, make_settings, monkeypatch
+):
+    name = "transformers.modeling_layers.GradientCheckpointingLayer"
+    monkeypatch.setattr(name, torch.nn.Conv3d)  # of which the model has none
+    with pytest.raises(train_rlhf.SettingsError, match="GRADIENT_CHECKPOINTING is True: give F"):
+        build(make_settings("--gradient-checkpointing"))
+
+
 @pytest.mark.parametrize("mini_batch_size", ["0", "2"])
 def test_a_step_with_gradient_checkpointing_is_the_same_step(
     build, step, make_settings, mini_batch_size
