@@ -29,12 +29,8 @@ PROMPTS = ["I feel so", "This makes me", "I am really", "Today I am", "Life is"]
 FLAGS = ["--device", "cpu", "--batch-size", "6", "--max-new-tokens", "8", "--scale-samples", "15"]
 FLAGS += ["--prompts", *PROMPTS, "--eval-prompts", "My day was", "--eval-samples", "15"]
 FLAGS += ["--training-epochs", "24", "--save-every", "0", "--output-dir", "out"]
-SHORT = [
-    "--training-epochs",
-    "3",
-    "--eval-samples",
-    "1",
-]  # of a single sample one has nothing to do
+# Of a single sample one of two processes has nothing to do.
+SHORT = ["--training-epochs", "3", "--eval-samples", "1"]
 
 # The reward also writes down the weights of each process, and fails where it is told to.
 REWARD = """
