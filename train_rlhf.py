@@ -138,7 +138,7 @@ def run(settings):
         settings.prompts, settings.eval_prompts, settings.prompt_field, settings.seed
     )
     given = len(rows) + len(eval_rows) + left_out
-    files = hash_files([*settings.prompts, settings.reward.rpartition(":")[0]])
+    files = hash_files(settings.prompts)
     if settings.resume:  # look before anything is loaded
         check_resume(settings, RULES, count_steps(settings, rows), files)
     device, dtype = pick_device(settings.device, settings.dtype)
@@ -395,6 +395,7 @@ class ExactKLTrainer:
         values, _whitened, returns = self.compute_advantages(values, rewards, mask)
         advantages = (returns - values) * mask
 
+        names = ["policy_loss", "value_loss", "approx_kl", "clip_fraction", "entropy"]
         of_trl = "loss/policy", "loss/value", "policy/approxkl", "policy/clipfrac", "policy/entropy"
         updates, skipped_updates = [], 0
         max_norm = config.max_grad_norm or math.inf
@@ -443,7 +444,6 @@ class ExactKLTrainer:
                 self.optimizer.zero_grad()
                 skipped_updates += int(not (finite_loss if accelerator.scaler else finite))
 
-        names = ["policy_loss", "value_loss", "approx_kl", "clip_fraction", "entropy"]
         means = dict(zip(names, torch.stack(updates)[:, 1:].mean(0).tolist()))
         # Each approx_kl was measured before its update, from the policy that sampled; wanted is the
         # one after the last. The way grows with the number of updates, the KL with its square.
@@ -1364,8 +1364,8 @@ def check_resume(settings, rules, steps, files):
         if value != old:
             problem = f"{name} is {shorten(value)}, but {shorten(old)} in the checkpoint"
             problems.append(f"{problem}: give that or start anew")
-    for path, content in files.items():  # all but code, which may have been mended
-        if content != earlier.get(path, content) and not path.endswith(".py"):
+    for path, content in files.items():
+        if content != earlier.get(path, content):
             problems.append(f"{path} has changed since the checkpoint: put it back or start anew")
     if not problems and done > steps:
         problem = f"TRAINING_EPOCHS is {settings.training_epochs:g}, which takes {steps} steps"

@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py            # three models: throughput.md
     python benchmarks/throughput.py --whole    # the whole command on TinyLlama's shape, 90 steps
+    python benchmarks/throughput.py --whole --training-epochs 25    # 15 steps: the README's table
 
 Any flag of train_rlhf.py may follow; then the table is shown, but not written. The models are the
 demo model and two random Llamas, of 246 million parameters and of TinyLlama's shape, whose words
@@ -31,7 +32,8 @@ import time
 import warnings
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from learning import ROOT, commit
+
 sys.path.insert(0, str(ROOT))
 SHAPES = {
     "246 M": {
@@ -316,11 +318,9 @@ def main():
         rows.append(line)
         rates.append(rate)
         machine = f"{figures['device']}, {figures['dtype']}"
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     columns = "samples/s (lowest, highest) | original's | times | s/step | "
     columns += " | ".join(PARTS) + " | floor, s/step | of the floor | peak, GB | weights, GB"
-    lines = [f"Commit {commit}, {machine} ({platform.machine()}, {os.cpu_count()} cores), "]
+    lines = [f"Commit {commit()}, {machine} ({platform.machine()}, {os.cpu_count()} cores), "]
     lines[0] += f"medians of {options.rounds} rounds."
     lines += ["", f"| | {columns} |", "|---|" + "---|" * len(columns.split(" | ")), *rows, ""]
     lines += ["Rates measured beside, medians too:", "", *rates]

@@ -248,9 +248,16 @@ def test_data_that_has_changed_is_an_error_until_it_is_put_back(resume, path):
     resume()
 
 
-def test_code_may_have_changed_for_it_may_have_been_mended(saved, resume):
-    files = FILES | {"rewards.py": "the digest of another text"}
-    assert load(saved, resume(files=files), files)["metrics"] == METRICS
+def test_code_may_have_changed_for_it_may_have_been_mended(call_main, demo_model, tmp_path):
+    code, output = tmp_path / "rewards.py", tmp_path / "out"
+    flags = ["--batch-size", 4, "--max-new-tokens", 8, "--eval-samples", 12, "--device", "cpu"]
+    flags += ["--model-name", demo_model, "--output-dir", output, "--reward", f"{code}:length"]
+    function = "def length(prompts, completions, **kwargs):\n"
+    code.write_text(function + "    return [len(text) for text in completions]\n")
+    assert call_main(*flags, "--training-epochs", 0.5) == 0
+    code.write_text(function + "    return [float(len(text)) for text in completions]\n")
+    assert call_main(*flags, "--training-epochs", 1, "--resume") == 0
+    assert len(read_checkpoint(output)["metrics"]) == 2
 
 
 def test_files_are_told_apart_by_what_is_in_them(tmp_path):
