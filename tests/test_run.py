@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -377,13 +379,17 @@ def test_a_stopped_run_saves_a_checkpoint_and_says_how_to_go_on(disturbed, index
     assert stopped.names == {"checkpoint", "metrics.jsonl", "samples.jsonl"}  # not a finished run
 
 
-def test_a_stop_while_the_libraries_are_imported_shows_no_stack_trace(script):
-    command = [sys.executable, str(script), "--model-name", "no/such/model"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        process.communicate(timeout=1.5)  # importing takes several seconds
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
+def test_a_stop_while_the_libraries_are_imported_shows_no_stack_trace(script, demo_model, tmp_path):
+    slow = "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(60)\n"
+    (tmp_path / "torch.py").write_text(slow)  # which is found before the library
+    command = [sys.executable, str(script), "--model-name", str(demo_model)]
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path)}}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **options, **pipes)
+    while not (tmp_path / "importing").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
     told = b"\nStopped: by a signal; there was nothing to save yet\n"
     assert process.communicate(timeout=60) == (b"", told)
     assert process.returncode == 128 + signal.SIGINT
