@@ -41,7 +41,8 @@ from tqdm import tqdm
 def missing_quotes(kind, error, trace):
     """Tell in one line of a constant that lacks its quotes, as in DEVICE = cpu."""
     where = traceback.extract_tb(trace)[-1]
-    if kind is NameError and (where.filename, where.name) == (__file__, "<module>"):
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if kind is NameError and (where.filename, where.name) == (script, "<module>"):
         line = where.line.partition("#")[0].strip()
         print(f'{line}: give "{error.name}", in quotes', file=sys.stderr)
         sys.exit(2)
@@ -162,7 +163,9 @@ def run(settings):
         parts = trainer, policy, tokenizer, reward, scale
         train(*parts, rows, settings, metrics, save)
         report, base_scores = make_report(*parts, rows, eval_rows, settings, metrics)
-        save_results(policy, tokenizer, report, base_scores, metrics, settings.output_dir)
+        save = partial(save_model, policy.pretrained_model, tokenizer)
+        picture = partial(draw, report, base_scores, metrics)
+        save_results(report, summarize(report, "."), save, picture, settings.output_dir)
         print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
     trainer.accelerator.end_training()
 
@@ -607,24 +610,15 @@ def make_report(trainer, policy, tokenizer, reward, scale, rows, eval_rows, sett
     rise = after["score"] - before["score"]
     least_error = rise / math.sqrt(2 * before["samples"])  # a few samples may have no spread
     error = math.hypot(before["standard_error"], after["standard_error"], least_error)
-    libraries = ("torch", "transformers", "trl", "peft", "accelerate")
-    device, backbone = trainer.accelerator.device, policy.pretrained_model
     report = {
-        "settings": vars(settings),
-        "versions": {library: importlib.metadata.version(library) for library in libraries},
-        "device": device_name(device),
-        "dtype": str(backbone.get_input_embeddings().weight.dtype)[len("torch.") :],
         "scale": scale,
         "chat": is_turn(rows[0]["prompt"], settings.chat_template),
         "learned": rise > 3 * error,  # beyond chance
         "close_to_base": after["kl"] <= settings.max_new_tokens,  # a nat per token
         "base": base,
         "trained": trained,
-        "samples": metrics[-1]["samples"],
-        "seconds": metrics[-1]["seconds"],
-        "samples_per_second": metrics[-1]["samples"] / metrics[-1]["seconds"],
-        "peak_memory_mb": peak_memory_mb(device),
     }
+    report = describe_run(policy.pretrained_model, settings, metrics) | report
     return report, base_scores["train_prompts"]
 
 
@@ -708,7 +702,8 @@ def load_reward(settings, rows, device):
             if not callable(function):
                 raise ValueError(f"it has no function {function_name}")
     else:
-        function, scale = load_classifier(settings, device)
+        options = settings.reward_label, settings.eval_batch_size, device
+        function, scale = load_classifier("REWARD", name, *options)
         of_texts = True
 
     def reward(rows, texts):
@@ -753,23 +748,23 @@ def call_reward(function, rows, texts):
         raise RunError(f"REWARD is {name}: {problem}: {remedy}") from error
 
 
-def load_classifier(settings, device):
+def load_classifier(setting, name, label, size, device):
     """Return a sequence classifier as a reward function, and its scale where its config has one."""
-    name, label = settings.reward, settings.reward_label.lower()
     remedy = "name a sequence classifier, or give positive_word_reward or FILE.py:FUNCTION"
-    with blame("REWARD", name, remedy):
-        path = find_model("REWARD", name)
+    with blame(setting, name, remedy):
+        path = find_model(setting, name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         kind = transformers.AutoModelForSequenceClassification
         model = load_weights(kind, path, dtype="float32", device_map={"": str(device)}).eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     labels = [text.lower() for _, text in sorted(model.config.id2label.items())]
-    if len(labels) > 1 and label not in labels:
+    if len(labels) > 1 and label.lower() not in labels:
         remedy = f"give a label of {shorten(name)}: {shorten(' or '.join(labels))}"
-        raise SettingsError(f"REWARD_LABEL is {shorten(settings.reward_label)}: {remedy}")
-    others = [index for index in range(len(labels)) if labels[index] != label]
-    mean, deviation = (getattr(model.config, key, None) for key in ("score_mean", "score_std"))
+        raise SettingsError(f"REWARD_LABEL is {shorten(label)}: {remedy}")
+    others = [index for index in range(len(labels)) if labels[index] != label.lower()]
+    names = ("score_mean", "score_std", "score_accuracy")  # as train_reward_model.py leaves them
+    mean, deviation, accuracy = (getattr(model.config, name, None) for name in names)
     context = getattr(model.config, "max_position_embeddings", None) or 10**6
     options = {"padding": True, "truncation": True, "return_token_type_ids": False}
     options |= {"max_length": min(tokenizer.model_max_length, context), "return_tensors": "pt"}
@@ -778,17 +773,18 @@ def load_classifier(settings, device):
     def classifier(prompts, completions):
         texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
         scores = []
-        for start in range(0, len(texts), settings.eval_batch_size):
-            some = texts[start : start + settings.eval_batch_size]
+        for start in range(0, len(texts), size):
+            some = texts[start : start + size]
             with torch.no_grad():
                 logits = model(**tokenizer(some, **options).to(device)).logits
             score = logits[:, 0]
             if len(labels) > 1:  # log-odds
-                score = logits[:, labels.index(label)] - logits[:, others].logsumexp(1)
+                score = logits[:, labels.index(label.lower())] - logits[:, others].logsumexp(1)
             scores += (score if mean is None else (score - mean) / deviation).tolist()
         return scores
 
-    return classifier, None if mean is None else AS_IT_IS
+    scale = AS_IT_IS | {"threshold": 0.0, "accuracy": accuracy}  # 0: as likely chosen as rejected
+    return classifier, None if mean is None else scale
 
 
 # ------------------------------------------------------------------------------------- the prompts
@@ -1103,14 +1099,33 @@ def load_model(settings, rows, eval_rows, device, dtype):
     with blame("MODEL_NAME", settings.model_name, remedy):
         path = find_model("MODEL_NAME", settings.model_name)
         tokenizer = load_tokenizer(path)
-        rows = prompts_that_fit(path, tokenizer, rows, settings)
-        eval_rows = prompts_that_fit(path, tokenizer, eval_rows, settings)
+        context = context_of(path)
+        rows = prompts_that_fit(context, tokenizer, rows, settings)
+        eval_rows = prompts_that_fit(context, tokenizer, eval_rows, settings)
         model = load_base_model(path, device, dtype, settings.quantization)
     return model, tokenizer, rows, eval_rows
 
 
+def base_of(path):
+    """Return the folder of the model that an adapter is for; one that is no adapter's, as it is."""
+    lora = Path(path, "adapter_config.json")
+    if not lora.exists() or Path(path, "config.json").exists():
+        return path
+    lora = json.loads(lora.read_text(encoding="utf-8"))
+    if lora["task_type"] == "SEQ_CLS":
+        raise ValueError("it is the adapter of a classifier")
+    return find_model("MODEL_NAME", lora["base_model_name_or_path"])
+
+
+def context_of(path):
+    """Return how many tokens a model takes, infinity where it has no limit."""
+    config = transformers.AutoConfig.from_pretrained(base_of(path), trust_remote_code=False)
+    return getattr(config, "max_position_embeddings", None) or math.inf
+
+
 def load_tokenizer(path):
     """Return the tokenizer, with a pad token that is no end token, if there is one to spare."""
+    path = path if Path(path, "tokenizer_config.json").exists() else base_of(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.eos_token is None:
         raise ValueError("its tokenizer has no end token")
@@ -1131,10 +1146,8 @@ def end_tokens(own, tokenizer):
     return list(dict.fromkeys(ids))
 
 
-def prompts_that_fit(path, tokenizer, rows, settings):
+def prompts_that_fit(context, tokenizer, rows, settings):
     """Return the rows whose prompts leave room for a response in the model's context."""
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    context = getattr(config, "max_position_embeddings", None) or math.inf
     remedy = "name a model with a chat template that takes these prompts, or give texts and False"
     with blame("CHAT_TEMPLATE", settings.chat_template, remedy):
         queries = encode(tokenizer, rows, settings.chat_template)
@@ -1170,12 +1183,20 @@ def make_policy(model, tokenizer, settings):
         if not layers:
             remedy = "give False, since the model has no layers made for it"
             raise SettingsError(f"GRADIENT_CHECKPOINTING is True: {remedy}")
+    adapted = add_adapter(model, settings)  # without dropout: the ratio of a policy to itself is 1
+    kind = joined(PolicyWithValueHead, trl.AutoModelForCausalLMWithValueHead)
+    return kind(adapted, settings.temperature).to(model.device).eval()
+
+
+def add_adapter(model, settings, **options):
+    """Return the model with a LoRA adapter on the layers that LORA_TARGETS names."""
     targets = settings.lora_targets
     lora = peft.LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
-    )  # without dropout, which would change the ratio of a policy to itself
+        **options,
+    )
     torch.manual_seed(settings.seed)  # of the adapter's first values
     with blame("LORA_TARGETS", targets, "name linear layers of this model, or all-linear"):
         adapted = peft.get_peft_model(model, lora)
@@ -1183,8 +1204,7 @@ def make_policy(model, tokenizer, settings):
         unknown = [target for target in targets if f".{target} " not in names]
         if unknown and targets != ["all-linear"]:  # PEFT says so only where no name is known
             raise ValueError(f"the model has no layer {unknown}")
-    kind = joined(PolicyWithValueHead, trl.AutoModelForCausalLMWithValueHead)
-    return kind(adapted, settings.temperature).to(model.device).eval()
+    return adapted
 
 
 def joined(own, other):
@@ -1193,29 +1213,37 @@ def joined(own, other):
 
 
 def load_base_model(path, device, dtype, quantization):
-    """Load a language model, its weights in 16 or 32 bits, or in 8 or 4 with quantization."""
+    """Load a language model, its weights in 16 or 32 bits, or in 8 or 4; an adapter is merged in."""
+    base = base_of(path)
+    if base != path:  # PEFT would put the run's own adapter in its place, without a word
+        model = load_base_model(base, device, dtype, quantization)
+        return peft.PeftModel.from_pretrained(model, path).merge_and_unload()
     options = {"dtype": dtype, "device_map": {"": str(device)}}
     if quantization != "none":
         bits = {f"load_in_{quantization}": True, "bnb_4bit_quant_type": "nf4"}
         bits |= {"bnb_4bit_compute_dtype": dtype, "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
-    model = load_weights(transformers.AutoModelForCausalLM, path, **options)
+    return load_weights(transformers.AutoModelForCausalLM, path, **options)
+
+
+def load_weights(kind, path, new_head=False, **options):
+    """Load a model of a kind from safetensors, and make sure that it is whole and finite."""
+    options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    model, loading = kind.from_pretrained(path, ignore_mismatched_sizes=new_head, **options)
+    architecture = (model.config.architectures or ["model of no architecture"])[0]
+    wanted = kind is transformers.AutoModelForSequenceClassification
+    if not new_head and wanted != (
+        "SequenceClassification" in architecture
+    ):  # or tied weights hide it
+        raise ValueError(f"it is a {architecture}")
+    lacking = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+    if new_head:  # which is random, and nothing else
+        lacking = {name for name in lacking if name.startswith(f"{model.base_model_prefix}.")}
+    if lacking:  # transformers would go on with random numbers
+        raise ValueError(f"it lacks weights such as {min(lacking)}")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # bitsandbytes would repack for good
-    return model
-
-
-def load_weights(kind, path, **options):
-    """Load a model of a kind from safetensors, and make sure that it is whole and finite."""
-    options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    model, loading = kind.from_pretrained(path, **options)
-    architecture = (model.config.architectures or ["model of no architecture"])[0]
-    wanted = kind is transformers.AutoModelForSequenceClassification
-    if wanted != ("SequenceClassification" in architecture):  # tied weights would hide it
-        raise ValueError(f"it is a {architecture}")
-    if loading["missing_keys"]:  # transformers would go on with random numbers
-        raise ValueError(f"it lacks weights such as {min(loading['missing_keys'])}")
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise ValueError(f"it has weights that are not finite, such as {name}")
@@ -1461,15 +1489,34 @@ def open_log(settings, metrics, total):
     if not is_main_process():
         yield lambda *step: None
         return
-    done, batch_size = len(metrics), settings.batch_size
+    path = Path(settings.output_dir, "samples.jsonl")
+    with open(path, "ab+") as file:  # never rewritten, only cut to the checkpoint's steps
+        file.seek(0)
+        file.truncate(sum(map(len, itertools.islice(file, len(metrics) * settings.batch_size))))
+    with open_metrics(settings, metrics, total) as show:
+
+        def log(metrics, rows, texts, scores, kls):
+            with open(path, "a", encoding="utf-8") as file:
+                for row, text, score, kl in zip(rows, texts, scores, kls):
+                    line = {"step": len(metrics), "prompt": row["prompt"], "response": text}
+                    line |= {"score": score, "kl": kl if math.isfinite(kl) else None}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            rate, score, kl = (recent(metrics, n) for n in ("success_rate", "score", "kl"))
+            text = f"score {score:+.2f}, KL {kl:z.2f}"
+            text = text if math.isnan(rate) else f"success {rate:4.0%}, {text}"
+            warnings = warnings_of(metrics, settings.max_new_tokens)
+            show(metrics, text, f"{last_said(rows[0]['prompt'])} | {texts[0]}", warnings)
+
+        yield log
+
+
+@contextmanager
+def open_metrics(settings, metrics, total):
+    """Yield a function that writes down the last of the metrics and shows what is said of it."""
     path = Path(settings.output_dir, "metrics.jsonl")
     path.write_text("".join(json.dumps(record) + "\n" for record in metrics))
-    samples_path = path.with_name("samples.jsonl")
-    with open(samples_path, "ab+") as file:  # never rewritten, only cut to the checkpoint's steps
-        file.seek(0)
-        file.truncate(sum(map(len, itertools.islice(file, done * batch_size))))
     shape = "{n_fmt}/{total_fmt} |{bar:12}| {remaining} left, {desc}"
-    tracker = None
+    tracker, done = None, len(metrics)
     if settings.report_to == "tensorboard":
         kind = accelerate.tracking.TensorBoardTracker
         tracker = kind("tensorboard", settings.output_dir, purge_step=done + 1)
@@ -1478,32 +1525,26 @@ def open_log(settings, metrics, total):
     say = tqdm.write if watched else partial(print, flush=True)
     with tqdm(total=total, initial=done, bar_format=shape, disable=not watched) as bar:
 
-        def log(metrics, rows, texts, scores, kls):
+        def show(metrics, text, sample="", warnings=()):
             step, record = len(metrics), metrics[-1]
-            with open(path, "a") as file, open(samples_path, "a", encoding="utf-8") as samples:
+            with open(path, "a") as file:
                 file.write(json.dumps(record) + "\n")
-                for row, text, score, kl in zip(rows, texts, scores, kls):
-                    line = {"step": step, "prompt": row["prompt"], "response": text}
-                    line |= {"score": score, "kl": kl if math.isfinite(kl) else None}
-                    samples.write(json.dumps(line, ensure_ascii=False) + "\n")
             if tracker:
                 tracker.log(record, step=step)  # it leaves out what is None
-            for text in warnings_of(metrics, settings.max_new_tokens):
-                say(f"step {step}: {text}")
-            rate, score, kl = (recent(metrics, n) for n in ("success_rate", "score", "kl"))
-            text = f"score {score:+.2f}, KL {kl:z.2f}"
-            text = text if math.isnan(rate) else f"success {rate:4.0%}, {text}"
+            for warning in warnings:
+                say(f"step {step}: {warning}")
             bar.set_description_str(text, refresh=False)
             bar.update()
             if step % settings.log_every == 0 or step == total:
                 left = tqdm.format_interval(record["seconds"] / step * (total - step))
                 if not watched:
                     say(f"step {step}/{total}, {left} left, {text}")
-                said = " ".join(f"{last_said(rows[0]['prompt'])} | {texts[0]}".split())
-                width = shutil.get_terminal_size().columns // (1 if said.isascii() else 2)
-                say(f"    {shorten(said, max(width - 5, 1))}")
+                sample = " ".join(sample.split())
+                width = shutil.get_terminal_size().columns // (1 if sample.isascii() else 2)
+                if sample:
+                    say(f"    {shorten(sample, max(width - 5, 1))}")
 
-        yield log
+        yield show
 
 
 def recent(metrics, name):
@@ -1532,6 +1573,22 @@ def progress(steps):
     return tqdm(steps, leave=False, disable=None if len(steps) > 1 else True, file=sys.stdout)
 
 
+def describe_run(model, settings, metrics):
+    """Return what report.json says of a run, whatever was measured."""
+    libraries = ("torch", "transformers", "trl", "peft", "accelerate")
+    samples, seconds = metrics[-1]["samples"], metrics[-1]["seconds"]
+    return {
+        "settings": vars(settings),
+        "versions": {library: importlib.metadata.version(library) for library in libraries},
+        "device": device_name(model.device),
+        "dtype": str(model.get_input_embeddings().weight.dtype)[len("torch.") :],
+        "samples": samples,
+        "seconds": seconds,
+        "samples_per_second": samples / seconds,
+        "peak_memory_mb": peak_memory_mb(model.device),
+    }
+
+
 def device_name(device):
     """Return the device in words."""
     threads = torch.get_num_threads()
@@ -1552,16 +1609,17 @@ def peak_memory_mb(device):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def save_results(policy, tokenizer, report, base_scores, metrics, folder):
+def save_results(report, card, save, draw, folder):
     """Write model and report into a folder of their own, then move them: no file is ever torn."""
     if not is_main_process():
         return
     output, new = Path(folder), Path(folder, "checkpoint", "new")
-    save_model(policy, tokenizer, new)
-    card = summarize(report, ".") + "\n![Score and KL](training.png)\n"
-    (new / "README.md").write_text(card, encoding="utf-8")
+    save(new)
+    (new / "README.md").write_text(
+        card + "\n![What was measured](training.png)\n", encoding="utf-8"
+    )
     (new / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    draw(report, base_scores, metrics, new / "training.png")
+    draw(new / "training.png")
     mode = (new / "README.md").stat().st_mode  # safetensors would let nobody else read
     for path in [path for path in new.rglob("*") if path.is_file()]:
         path.chmod(mode)
@@ -1570,9 +1628,8 @@ def save_results(policy, tokenizer, report, base_scores, metrics, folder):
         path.replace(place)
 
 
-def save_model(policy, tokenizer, folder):
-    """Save the policy as an ordinary model, the adapter merged in, and the tokenizer."""
-    model = policy.pretrained_model
+def save_model(model, tokenizer, folder):
+    """Save an adapted model as an ordinary one, the adapter merged in, and the tokenizer."""
     if getattr(model.get_base_model(), "is_quantized", False):  # 4 or 8 bits would lose the update
         adapter, lora = peft.get_peft_model_state_dict(model), model.peft_config["default"]
         model = peft.get_peft_model(model.unload().dequantize(), lora)
@@ -1640,6 +1697,9 @@ def summarize(report, folder):
     scores = [f"{part['score']:+z.2f} ± {part['standard_error']:.2f}" for part in (before, after)]
     rates = [part["success_rate"] for part in (before, after)]
     success = "" if None in rates else f" Success: {rates[0]:.1%} before, {rates[1]:.1%} after."
+    accuracy = report["scale"].get("accuracy")
+    if accuracy is not None:
+        advice += f"\nThe reward model, which says so, agrees with {accuracy:.0%} of held-out comparisons."
     prompt = next(iter(before["first_sample"]))
     asked = [{"role": "user", "content": prompt}] if report["chat"] else prompt
     lines.append(f"""
@@ -1660,13 +1720,14 @@ def silence_libraries():
     """Keep what pinned libraries say of themselves off the screen, by name, and nothing else."""
     noise = r"`PPO(Config|Trainer)` is dep|No dataset is|.*is_gradient_checkpointing|fan_in_fan_out"
     warnings.filterwarnings("ignore", message=noise)
-    warnings.filterwarnings("error", message=".*tied layer is part of the adapter")  # not mergeable
+    wrong = ".*tied layer is part of the adapter|Found missing adapter keys"  # can't be merged
+    warnings.filterwarnings("error", message=wrong)
     transformers.logging.disable_progress_bar()  # of loading weights
     for library in ("bitsandbytes", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def main(argv=()):
+def launch(run, argv, constants, rules, checks):
     """Do a run with the constants, overridden by flags in argv; return the exit status."""
     with suppress(AttributeError):  # in a notebook, which shows everything anyway
         sys.stdout.reconfigure(errors="replace")  # a model may say what the screen can't show
@@ -1674,7 +1735,7 @@ def main(argv=()):
     settings = None
     try:
         with stop_on_signal():
-            settings = read_settings(argv, globals(), RULES, CHECKS)
+            settings = read_settings(argv, constants, rules, checks)
             silence_libraries()
             with nullcontext() if is_main_process() else redirect_stdout(io.StringIO()):
                 run(settings)
@@ -1694,6 +1755,11 @@ def main(argv=()):
         saved = getattr(error, "__notes__", ["there was nothing to save yet"])[0]
         print(f"\nStopped: {reason}; {saved}", file=sys.stderr)
         return 128 + error.args[0] if stopped else 1
+
+
+def main(argv=()):
+    """Train with PPO, by the constants above, overridden by flags in argv; return the exit status."""
+    return launch(run, argv, globals(), RULES, CHECKS)
 
 
 if __name__ == "__main__" and "__file__" in globals():
