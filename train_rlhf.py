@@ -544,10 +544,10 @@ def success_rate(scores, threshold):
     return None if threshold is None else sum(each > threshold for each in scores) / len(scores)
 
 
-def give_up_on_bad_numbers(metrics):
+def give_up_on_bad_numbers(metrics, remedy="lower TARGET_APPROX_KL, or "):
     """Raise RunError where each of the last three steps had updates that were skipped."""
     if len(metrics) >= 3 and all(record["skipped_updates"] for record in metrics[-3:]):
-        remedy = "lower TARGET_APPROX_KL, or start anew with a lower LEARNING_RATE or DTYPE float32"
+        remedy += "start anew with a lower LEARNING_RATE or DTYPE float32"
         raise RunError(f"three steps in a row had updates that are not finite: {remedy}")
 
 
@@ -828,9 +828,9 @@ def read_rows(name, entries, prompt_field):
     return rows
 
 
-def read_table(path):
-    """Return the rows of a file, dictionaries or texts."""
-    form = FORMATS.get(Path(path).suffix.lower())
+def read_table(path, other=None):
+    """Return the rows of a file, dictionaries or texts; other is the form of unknown endings."""
+    form = FORMATS.get(Path(path).suffix.lower(), other)
     if form in ("csv", "parquet"):
         options = {"encoding": "utf-8-sig", "keep_default_na": False} if form == "csv" else {}
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # for which it would use the network
@@ -1016,8 +1016,8 @@ def flag_of(name):
     return "--" + name.lower().replace("_", "-")
 
 
-def check_batches(batch_size, mini_batch_size, ppo_epochs, target_approx_kl):
-    """Refuse batches that can't be divided, and a step that can't be measured."""
+def check_batches(batch_size, mini_batch_size):
+    """Refuse batches that can't be divided."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > (mini_batch_size or batch_size):
         name = "MINI_BATCH_SIZE" if mini_batch_size else "BATCH_SIZE"
@@ -1026,6 +1026,10 @@ def check_batches(batch_size, mini_batch_size, ppo_epochs, target_approx_kl):
     if mini_batch_size and batch_size % mini_batch_size:
         remedy = f"give 0 or a divisor of BATCH_SIZE, {batch_size}"
         raise SettingsError(f"MINI_BATCH_SIZE is {mini_batch_size}: {remedy}")
+
+
+def check_target(target_approx_kl, ppo_epochs, batch_size, mini_batch_size):
+    """Refuse to steer by the size of a step that can't be measured."""
     if target_approx_kl and ppo_epochs == 1 and mini_batch_size in (0, batch_size):
         remedy = "give 0, for a single update of a step can't be measured"
         raise SettingsError(f"TARGET_APPROX_KL is {target_approx_kl}: {remedy}")
@@ -1057,7 +1061,7 @@ def check_output(model_name, output_dir):
             raise ValueError("the current folder or the model is in it")
 
 
-CHECKS = (read_prompts, check_batches, check_installed, check_output)
+CHECKS = (read_prompts, check_batches, check_target, check_installed, check_output)
 
 
 # -------------------------------------------------------------------------------------- the models
@@ -1212,18 +1216,20 @@ def joined(own, other):
     return type(own.__name__, (own, other), {})
 
 
-def load_base_model(path, device, dtype, quantization):
-    """Load a language model, its weights in 16 or 32 bits, or in 8 or 4; an adapter is merged in."""
+def load_base_model(path, device, dtype, quantization, kind="AutoModelForCausalLM", **options):
+    """Load a model, its frozen weights in 16 or 32 bits, or in 8 or 4; an adapter is merged in."""
     base = base_of(path)
-    if base != path:  # PEFT would put the run's own adapter in its place, without a word
-        model = load_base_model(base, device, dtype, quantization)
-        return peft.PeftModel.from_pretrained(model, path).merge_and_unload()
-    options = {"dtype": dtype, "device_map": {"": str(device)}}
+    if base != path:  # a second adapter would take the place of the first, without a word
+        model = load_base_model(base, device, dtype, quantization, kind, **options)
+        lora = peft.PeftConfig.from_pretrained(path)
+        lora.task_type = None  # which asks for a model of one kind
+        return peft.PeftModel.from_pretrained(model, path, config=lora).merge_and_unload()
+    options |= {"dtype": dtype, "device_map": {"": str(device)}}
     if quantization != "none":
         bits = {f"load_in_{quantization}": True, "bnb_4bit_quant_type": "nf4"}
         bits |= {"bnb_4bit_compute_dtype": dtype, "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
-    return load_weights(transformers.AutoModelForCausalLM, path, **options)
+    return load_weights(getattr(transformers, kind), path, **options)
 
 
 def load_weights(kind, path, new_head=False, **options):
