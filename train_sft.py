@@ -284,7 +284,7 @@ def fit(kind, model, examples, collate, measured, settings, rules, files):
         max_grad_norm=settings.max_grad_norm,
         activation_checkpointing=settings.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        use_cache=model.config.use_cache,
+        use_cache=False,
         use_cpu=model.device.type == "cpu",
         fp16=model.dtype == torch.float16,
         logging_steps=1,
@@ -300,6 +300,7 @@ def fit(kind, model, examples, collate, measured, settings, rules, files):
     schedule = transformers.get_cosine_schedule_with_warmup(
         optimizer, warmup, total, last_epoch=done - 1
     )
+    used_cache = model.config.use_cache
     trainer = kind(
         model,
         arguments,
@@ -324,6 +325,8 @@ def fit(kind, model, examples, collate, measured, settings, rules, files):
         if metrics and not metrics[-1]["skipped_updates"]:
             save()  # the steps before it are worth keeping
         raise
+    finally:
+        model.config.use_cache = used_cache  # Trainer would have it saved with the model
     return metrics, base
 
 
