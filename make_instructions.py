@@ -108,25 +108,25 @@ def run(settings):
                     show_progress(records, before, time.perf_counter() - start, settings)
                     if stop.requested:
                         break
+            libraries = ("torch", "transformers", "rouge_score")
+            report = {
+                "settings": vars(settings),
+                "versions": {name: importlib.metadata.version(name) for name in libraries},
+                "device": device_name(device),
+                "dtype": dtype,
+                "seconds": time.perf_counter() - start,
+                "requests_in_these_seconds": len(records) - before,
+                "yield": tally(records),
+            }
+            new = Path(settings.output_dir, "checkpoint", "new", "report.json")
+            new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            new.replace(new.parents[2] / "report.json")
+            print(summarize(report), flush=True)
         except BaseException as error:
             if records:
                 saved = f"the answers to {len(records)} requests are saved"
                 error.add_note(f"{saved}. To go on, run the same line with --resume")  # for launch
             raise
-        libraries = ("torch", "transformers", "rouge_score")
-        report = {
-            "settings": vars(settings),
-            "versions": {library: importlib.metadata.version(library) for library in libraries},
-            "device": device_name(device),
-            "dtype": dtype,
-            "seconds": time.perf_counter() - start,
-            "requests_in_these_seconds": len(records) - before,
-            "yield": tally(records),
-        }
-        new = Path(settings.output_dir, "checkpoint", "new", "report.json")
-        new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        new.replace(new.parents[2] / "report.json")
-        print(summarize(report), flush=True)
 
 
 def answer_request(number, writer, tasks, records, settings):
@@ -152,21 +152,21 @@ def answer_request(number, writer, tasks, records, settings):
 
 def write_instances(candidates, writer, tasks):
     """Let the model tell the kind of each candidate and write its instances, all put into it."""
-    groups = [
-        [task for task in tasks if task["is_classification"] == kind] for kind in (False, True)
-    ]
-    pairs = itertools.zip_longest(*groups)
+    labelled = [task for task in tasks if task["is_classification"]]
+    others = [task for task in tasks if not task["is_classification"]]
+    pairs = itertools.zip_longest(labelled, others)
     mixed = [task for pair in pairs for task in pair if task]  # where few fit there are both
-    makes = [partial(kind_prompt, each["instruction"]) for each in candidates]
-    prompts = [writer.fill(make, mixed)[0] for make in makes]
+    prompts = []
+    for each in candidates:
+        prompts.append(writer.fill(partial(kind_prompt, each["instruction"]), mixed)[0])
     for each, (text, _) in zip(candidates, writer.write(prompts, "\n", new_tokens=5)):
         each["kind_answer"] = text
         each["is_classification"] = text.strip().casefold().startswith("yes")
     prompts = []
     for each in candidates:
-        kind = each["is_classification"]
-        make = partial(instance_prompt, each["instruction"], kind)
-        prompts.append(writer.fill(make, groups[kind])[0])
+        like = labelled if each["is_classification"] else others
+        make = partial(instance_prompt, each["instruction"], each["is_classification"])
+        prompts.append(writer.fill(make, like)[0])
     for each, (text, ended) in zip(candidates, writer.write(prompts, "\nTask:")):
         each["instance_answer"] = text
         each["instances"] = judge(parse_instances(text, ended, each["is_classification"]))
@@ -242,12 +242,11 @@ def list_prompt(instructions):
 
 def kind_prompt(instruction, tasks):
     """Return the question whether an instruction is a classification task."""
-    shown = [
-        f"Task: {task['instruction']}\nLabels: {'yes' if task['is_classification'] else 'no'}\n\n"
-        for task in tasks
-    ]
-    question = "Is the answer to the task one of a few fixed labels?\n\n"
-    return f"{question}{''.join(shown)}Task: {instruction}\nLabels:"
+    parts = ["Is the answer to the task one of a few fixed labels?\n\n"]
+    for task in tasks:
+        answer = "yes" if task["is_classification"] else "no"
+        parts.append(f"Task: {task['instruction']}\nLabels: {answer}\n\n")
+    return "".join([*parts, f"Task: {instruction}\nLabels:"])
 
 
 def fields_of(is_classification):

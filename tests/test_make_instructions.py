@@ -378,6 +378,23 @@ def test_too_little_memory_names_the_settings_of_this_script(run_fake, folder, m
     assert "EVAL" not in told and "MINI" not in told
 
 
+def test_a_report_that_can_not_be_written_costs_no_answer(run_fake, folder, monkeypatch, capsys):
+    def fail(report):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(make_instructions, "summarize", fail)
+        assert run_fake() == 1
+    told = capsys.readouterr().err
+    assert "can't be written (No space left on device): make room in OUTPUT_DIR" in told
+    assert told.endswith(
+        "; the answers to 6 requests are saved. To go on, run the same line with --resume\n"
+    )
+    files = files_of(folder)
+    assert run_fake("--resume") == 0
+    assert files_of(folder) == files
+
+
 CHANGES = {
     "EXAMPLES": 4, "MAX_NEW_TOKENS": 7, "MIN_WORDS": 2, "MAX_WORDS": 30, "SEED": 5, "DTYPE": "bfloat16",
     "TEMPERATURE": 0.9, "TOP_P": 0.25, "ROUGE_LIMIT": 0.4, "UNANSWERABLE": "map",
