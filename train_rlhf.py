@@ -1446,6 +1446,10 @@ def explain(error, settings):
     """Return what a user can do about an error in the middle of a run, None where it is a bug."""
     if isinstance(error, RunError):
         return str(error)
+    if lacks_memory(error) and not hasattr(settings, "mini_batch_size"):  # of a sibling
+        now = f"it is {settings.batch_size}"
+        anew = "QUANTIZATION 4bit or a smaller model"
+        return f"there is too little memory: lower BATCH_SIZE ({now}), or start anew with {anew}"
     if lacks_memory(error):
         now = f"it is {settings.mini_batch_size or settings.batch_size}"
         remedy = f"lower MINI_BATCH_SIZE ({now}) or EVAL_BATCH_SIZE ({settings.eval_batch_size})"
