@@ -83,27 +83,35 @@ COLUMNS = "last 200 | worst seed | samples to 80 % | trained | held out | KL | l
 
 
 def run_script(patch, flags, seed):
-    """Return report and metrics of a run of train_rlhf.py, changed by a patch in Python.
+    """Return report and metrics of a run of train_rlhf.py, changed by a patch in Python."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "trained_model")
+        return run_stage("train_rlhf", output, [*flags, "--seed", str(seed)], patch)
+
+
+def run_stage(script, output, flags, patch=""):
+    """Return report and metrics of a run of one of the scripts into the folder output.
 
     A run that fails stops the benchmark with what it printed.
     """
-    program = f"import sys, train_rlhf\n{patch}\nsys.exit(train_rlhf.main(sys.argv[1:]))"
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "trained_model")
-        command = [sys.executable, "-c", program, *flags]
-        command += ["--seed", str(seed), "--output-dir", str(output), "--save-every", "0"]
-        result = subprocess.run(
-            command,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-        if result.returncode:
-            output = result.stdout + result.stderr
-            raise SystemExit(f"{' '.join(map(str, command))} failed:\n{output}")
-        lines = (output / "metrics.jsonl").read_text().splitlines()
-        report = json.loads((output / "report.json").read_text())
-        return report, [json.loads(line) for line in lines]
+    program = f"import sys, {script}\n{patch}\nsys.exit({script}.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, *map(str, flags)]
+    command += ["--output-dir", str(output), "--save-every", "0"]
+    result = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
+    report = json.loads((output / "report.json").read_text())
+    return report, read_lines(output / "metrics.jsonl")
+
+
+def read_lines(path):
+    """Return what the lines of a .jsonl file hold."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def commit():
