@@ -459,8 +459,12 @@ def chat_template_of(tokenizer, rows, template):
     if not any(row.get("prompt") for row in rows):  # of messages or texts
         return tokenizer.chat_template
     start = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("")["input_ids"] else ""
+    asked = fill(template, "Hi", "")
+    ids = tokenizer(start + asked, add_special_tokens=False)["input_ids"]
+    if ids != tokenizer(asked)["input_ids"]:  # a space before the first word, but not after a token
+        start += " "
     before, after = fill(template, "\0", "").split("\0")
-    parts = [json.dumps(text) for text in (start or "", before, after)]
+    parts = [json.dumps(text, ensure_ascii=False) for text in (start, before, after)]
     return (
         "{{{{ {} }}}}{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}"
         "{{{{ message['content'] + eos_token }}}}{{% else %}}"
