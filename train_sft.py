@@ -123,7 +123,7 @@ def run(settings):
 def read_examples(data, template, eval_share, seed):
     """Return the rows to train on, those held out, and a count of what was left out, by reason.
 
-    A row is {"prompt" in its template, "answer", "shown": what is asked}, or {"messages"}.
+    A row is {"prompt" in its template, "answer"} or {"messages"}, each with "shown": what is asked.
     """
     remedy = "give rows with instruction and output, prompt and completion, messages, or text"
     return read_data(data, eval_share, seed, partial(read_example, template), remedy)
@@ -161,8 +161,10 @@ def read_example(template, row, left_out):
         turns = [
             {name: text_in(turn, name) for name in ("role", "content")} for turn in row["messages"]
         ]
-        answers = [turn for turn in turns if turn["role"] == "assistant"]
-        return {"messages": turns} if answers and answers[-1]["content"].strip() else None
+        said = [n for n in range(1, len(turns)) if turns[n]["role"] == "assistant"]
+        if not said or not turns[said[-1]]["content"].strip():
+            return None
+        return {"messages": turns, "shown": turns[said[0] - 1]["content"]}
     if "instruction" in row or "prompt" in row:
         asked, answered = (
             ("instruction", "output") if "instruction" in row else ("prompt", "completion")
@@ -411,7 +413,7 @@ def measure(model, tokenizer, examples, rows, settings, whole=True):
         return {"loss": loss}
     figures = {"loss": loss, "standard_error": error, "perplexity": math.exp(min(loss, 700))}
     figures |= {"examples": len(examples), "tokens": sum(counts), "nats": nats, "counts": counts}
-    return figures | {"first_sample": answers(model, tokenizer, rows[:6], settings)}
+    return figures | {"first_sample": answers(model, tokenizer, examples, rows[:6], settings)}
 
 
 def ratio(sums, counts):
@@ -421,23 +423,22 @@ def ratio(sums, counts):
     return mean, math.sqrt(squares) / sum(counts)
 
 
-def answers(model, tokenizer, rows, settings):
-    """Return {prompt: answer}, the likeliest tokens, up to the first end token."""
+def answers(model, tokenizer, examples, rows, settings):
+    """Return {what is asked: answer}, the likeliest tokens, up to the first end token."""
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     said = {}
-    for row in rows:
-        text, shown, whole = row.get("prompt"), row.get("shown"), "messages" not in row
-        if not whole:
-            last = max(n for n, turn in enumerate(row["messages"]) if turn["role"] == "assistant")
-            text = apply_template(tokenizer, row["messages"][:last], add_generation_prompt=True)
-            shown = row["messages"][last - 1]["content"]
-        inputs = tokenizer(text or shown, add_special_tokens=whole, return_tensors="pt")
-        query = inputs["input_ids"][0]
-        room = min(settings.max_new_tokens, context - len(query))
-        inputs = inputs.to(model.device)
+    for row, example in zip(rows, examples):
+        labels = example["labels"]
+        first = next(n for n in range(1, len(labels)) if labels[n] != -100)
+        query = tokenizer(row["shown"])["input_ids"]  # of a text its beginning
+        if "messages" in row or row["prompt"]:
+            query = example["input_ids"][:first]
+        query = torch.tensor(query, device=model.device)
+        options = {"attention_mask": torch.ones_like(query[None]), "do_sample": False}
+        options["max_new_tokens"] = min(settings.max_new_tokens, context - len(query))
         with torch.no_grad():
-            sequence = model.generate(**inputs, do_sample=False, max_new_tokens=max(room, 1))[0]
-        said[shown] = texts_of(tokenizer, query, [sequence[len(query) :].cpu()])[0]
+            sequence = model.generate(query[None], **options)[0]
+        said[row["shown"]] = texts_of(tokenizer, query, [sequence[len(query) :]])[0]
     return said
 
 
