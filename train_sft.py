@@ -236,15 +236,15 @@ def plain(row):
 
 def conversation(tokenizer, messages):
     """Return a conversation in the tokenizer's template, and where its answers begin and end."""
-    spans = []
-    for number, turn in enumerate(messages):
-        if turn["role"] == "assistant":
+    text, spans = apply_template(tokenizer, messages), []
+    for number in range(1, len(messages)):
+        if messages[number]["role"] == "assistant":
             before = apply_template(tokenizer, messages[:number], add_generation_prompt=True)
-            after = apply_template(tokenizer, messages[: number + 1])
-            if not after.startswith(before):
+            after = apply_template(tokenizer, messages[: number + 1]).rstrip()
+            if not (after.startswith(before) and text.startswith(after)):
                 raise ValueError("its chat template changes what came before an answer")
             spans.append((len(before), len(after)))
-    return apply_template(tokenizer, messages), spans
+    return text, spans
 
 
 def apply_template(tokenizer, messages, **options):
