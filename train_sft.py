@@ -224,7 +224,8 @@ def tokenize(tokenizer, rows, length, left_out):
         examples.append({"input_ids": ids[:length], "labels": labels[:length]})
         kept.append(row)
     if not kept:
-        raise ValueError(f"MAX_LENGTH {length} leaves no answer")
+        remedy = "give more or shorter examples, since of none an answer is left"
+        raise SettingsError(f"MAX_LENGTH is {length} here: {remedy}")
     return examples, kept
 
 
