@@ -9,7 +9,6 @@ out is a model for train_rlhf.py and train_reward_model.py. This stage shares wi
 beside it, what is not PPO: settings, models, checkpoints, stops, results.
 """
 
-import inspect
 import json
 import math
 import os
@@ -257,9 +256,18 @@ def make_collator(model, tokenizer, packing):
     """Return what makes a batch of examples: padded on the right, or one after another."""
     if not packing:
         return transformers.DataCollatorForSeq2Seq(tokenizer)
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise SettingsError("PACKING is True: give False, since the model takes no positions")
-    return transformers.DataCollatorWithFlattening()
+    packed = transformers.DataCollatorWithFlattening()
+    first, last = ({"input_ids": ids, "labels": ids} for ids in ([*range(9)], [9, 8, 7]))
+    with blame("PACKING", packing, "give False"), torch.no_grad():
+        batches = packed([last]), packed([first, last])
+        alone, behind = (
+            model(**{name: batch[name].to(model.device) for name in batch}, use_cache=False)
+            for batch in batches
+        )
+        alone, behind = (output.logits[0, -1].float() for output in (alone, behind))
+        if (alone - behind).std() > 0.1 * alone.std():
+            raise ValueError("in this model an example sees the one before it")
+    return packed
 
 
 # ------------------------------------------------------------------------------------ the training
