@@ -23,7 +23,7 @@ from pathlib import Path
 # fmt: off
 from train_rlhf import (
     RunError, SettingsError, add_adapter, blame, check_batches, check_installed, check_output,
-    check_resume, claim_output, context_of, count_steps, describe_run, device_name, find_model,
+    check_resume, claim_output, context_of, count_steps, describe_run, device_name, end_tokens, find_model,
     give_up_on_bad_numbers, hash_files, join_processes, joined, launch, load_base_model,
     load_checkpoint, load_tokenizer, missing_quotes, numpy, open_metrics, pick_device, progress,
     read_table, recent, save_checkpoint, save_model, save_results, shorten, stop_on_signal,
@@ -98,6 +98,8 @@ def run(settings):
         examples, rows = tokenize(tokenizer, rows, length, left_out)
         eval_examples, eval_rows = tokenize(tokenizer, eval_rows, length, left_out)
         model = load_base_model(path, device, dtype, settings.quantization)
+        own = model.generation_config
+        own.eos_token_id = end_tokens(own.eos_token_id, tokenizer)
     collate = make_collator(model, tokenizer, settings.packing)
     model = add_adapter(model, settings, lora_dropout=settings.lora_dropout, task_type="CAUSAL_LM")
     measured = partial(measure, model, tokenizer, eval_examples, eval_rows, settings)
