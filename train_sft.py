@@ -23,11 +23,11 @@ from pathlib import Path
 # fmt: off
 from train_rlhf import (
     RunError, SettingsError, add_adapter, blame, check_batches, check_installed, check_output,
-    check_resume, claim_output, context_of, count_steps, describe_run, device_name, end_tokens, find_model,
-    give_up_on_bad_numbers, hash_files, join_processes, joined, launch, load_base_model,
-    load_checkpoint, load_tokenizer, missing_quotes, numpy, open_metrics, pick_device, progress,
-    read_table, recent, save_checkpoint, save_model, save_results, shorten, stop_on_signal,
-    texts_of, torch, transformers,
+    check_resume, claim_output, context_of, count_steps, describe_run, device_name, end_tokens,
+    find_model, give_up_on_bad_numbers, hash_files, join_processes, joined, launch,
+    load_base_model, load_checkpoint, load_tokenizer, missing_quotes, numpy, open_metrics,
+    pick_device, progress, read_table, recent, save_checkpoint, save_model, save_results, shorten,
+    stop_on_signal, texts_of, torch, transformers,
 )
 # fmt: on
 # isort: on
@@ -261,12 +261,11 @@ def make_collator(model, tokenizer, packing):
     packed = transformers.DataCollatorWithFlattening()
     first, last = ({"input_ids": ids, "labels": ids} for ids in ([*range(9)], [9, 8, 7]))
     with blame("PACKING", packing, "give False"), torch.no_grad():
-        batches = packed([last]), packed([first, last])
-        alone, behind = (
-            model(**{name: batch[name].to(model.device) for name in batch}, use_cache=False)
-            for batch in batches
-        )
-        alone, behind = (output.logits[0, -1].float() for output in (alone, behind))
+        logits = []
+        for examples in ([last], [first, last]):
+            batch = {name: each.to(model.device) for name, each in packed(examples).items()}
+            logits.append(model(**batch, use_cache=False).logits[0, -1].float())
+        alone, behind = logits
         if (alone - behind).std() > 0.1 * alone.std():
             raise ValueError("in this model an example sees the one before it")
     return packed
@@ -441,7 +440,7 @@ def answers(model, tokenizer, examples, rows, settings):
     for row, example in zip(rows, examples):
         labels = example["labels"]
         first = next(n for n in range(1, len(labels)) if labels[n] != -100)
-        query = tokenizer(row["shown"])["input_ids"]  # of a text its beginning
+        query = tokenizer(row["shown"])["input_ids"][: len(labels) - 1]  # of a text its beginning
         if "messages" in row or row["prompt"]:
             query = example["input_ids"][:first]
         query = torch.tensor(query, device=model.device)
