@@ -170,8 +170,8 @@ def read_example(template, row, left_out):
         asked, answered = (
             ("instruction", "output") if "instruction" in row else ("prompt", "completion")
         )
-        given = text_in(row, "input") if row.get("input") else ""
-        if given.strip().strip("<>").lower() in ("noinput", "no input"):
+        given = text_in(row, "input").strip() if row.get("input") else ""
+        if given.strip("<>").lower() in ("noinput", "no input"):
             given = ""
             left_out['inputs that say "noinput"'] += 1
         instruction, answer = text_in(row, asked), text_in(row, answered)
