@@ -171,7 +171,7 @@ def read_example(template, row, left_out):
             ("instruction", "output") if "instruction" in row else ("prompt", "completion")
         )
         given = text_in(row, "input").strip() if row.get("input") else ""
-        if given.strip("<>").lower() in ("noinput", "no input"):
+        if re.sub(r"\W", "", given).lower() == "noinput":
             given = ""
             left_out['inputs that say "noinput"'] += 1
         instruction, answer = text_in(row, asked), text_in(row, answered)
