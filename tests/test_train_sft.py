@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
+    GenerationConfig,
     OPTConfig,
 )
 
@@ -35,11 +36,6 @@ ROWS = [
     for said in GREETINGS
     for name in NAMES
 ]
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def turns(*texts, first="user"):
@@ -441,7 +437,9 @@ def test_of_a_conversation_the_answers_and_their_ends_are_learned(tinyllama):
 
 
 FORGETFUL = "{% for m in messages[-2:] %}{{ m['content'] + eos_token }}{% endfor %}"
-ENDS_ONCE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ eos_token }}"
+ENDS_ONCE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+ENDS_ONCE += "{% if messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+ENDS_IN_ITS_OWN = "{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}"
 
 
 @pytest.mark.parametrize("template", [FORGETFUL, ENDS_ONCE])
@@ -702,11 +700,11 @@ def test_dropout_is_on_in_training_and_off_in_measurement(teach, steady, whole_b
 
 def test_conversations_are_learned_up_to_the_end_of_the_template(teach, gpt2, tmp_path):
     """One has a last prompt that is longer than the model's context, and is shown all the same."""
-    tokenizer = AutoTokenizer.from_pretrained(gpt2)
-    end = tokenizer.convert_ids_to_tokens(99)
-    tokenizer.chat_template = CHATML.replace("<|im_start|>", "").replace("<|im_end|>\\n", end)
-    tokenizer.add_tokens([end], special_tokens=True)
-    AutoModelForCausalLM.from_pretrained(gpt2).save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(gpt2, chat_template=ENDS_IN_ITS_OWN)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    model = AutoModelForCausalLM.from_pretrained(gpt2)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"messages": turns("Hi", f"so {n}", "so " * 70, "no")} for n in range(9)]
     flags = ["--eval-share", 0.8, "--training-epochs", 0.1]
@@ -714,6 +712,8 @@ def test_conversations_are_learned_up_to_the_end_of_the_template(teach, gpt2, tm
     assert list(run.report["trained"]["first_sample"]) == ["Hi"]
     assert AutoTokenizer.from_pretrained(run.folder).chat_template == tokenizer.chat_template
     assert run.report["chat"] is True
+    ends = GenerationConfig.from_pretrained(run.folder).eos_token_id
+    assert ends == [model.config.eos_token_id, len(tokenizer) - 1]
 
 
 # ------------------------------------------------------------------- a model nobody here trained
