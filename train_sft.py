@@ -9,7 +9,6 @@ out is a model for train_rlhf.py and train_reward_model.py. This stage shares wi
 beside it, what is not PPO: settings, models, checkpoints, stops, results.
 """
 
-import inspect
 import json
 import math
 import os
@@ -24,11 +23,11 @@ from pathlib import Path
 # fmt: off
 from train_rlhf import (
     RunError, SettingsError, add_adapter, blame, check_batches, check_installed, check_output,
-    check_resume, claim_output, context_of, count_steps, describe_run, device_name, find_model,
-    give_up_on_bad_numbers, hash_files, join_processes, joined, launch, load_base_model,
-    load_checkpoint, load_tokenizer, missing_quotes, numpy, open_metrics, pick_device, progress,
-    read_table, recent, save_checkpoint, save_model, save_results, shorten, stop_on_signal,
-    texts_of, torch, transformers,
+    check_resume, claim_output, context_of, count_steps, describe_run, device_name, end_tokens,
+    find_model, give_up_on_bad_numbers, hash_files, join_processes, joined, launch,
+    load_base_model, load_checkpoint, load_tokenizer, missing_quotes, numpy, open_metrics,
+    pick_device, progress, read_table, recent, save_checkpoint, save_model, save_results, shorten,
+    stop_on_signal, texts_of, torch, transformers,
 )
 # fmt: on
 # isort: on
@@ -99,6 +98,8 @@ def run(settings):
         examples, rows = tokenize(tokenizer, rows, length, left_out)
         eval_examples, eval_rows = tokenize(tokenizer, eval_rows, length, left_out)
         model = load_base_model(path, device, dtype, settings.quantization)
+        own = model.generation_config
+        own.eos_token_id = end_tokens(own.eos_token_id, tokenizer)
     collate = make_collator(model, tokenizer, settings.packing)
     model = add_adapter(model, settings, lora_dropout=settings.lora_dropout, task_type="CAUSAL_LM")
     measured = partial(measure, model, tokenizer, eval_examples, eval_rows, settings)
@@ -123,7 +124,7 @@ def run(settings):
 def read_examples(data, template, eval_share, seed):
     """Return the rows to train on, those held out, and a count of what was left out, by reason.
 
-    A row is {"prompt" in its template, "answer", "shown": what is asked}, or {"messages"}.
+    A row is {"prompt" in its template, "answer"} or {"messages"}, each with "shown": what is asked.
     """
     remedy = "give rows with instruction and output, prompt and completion, messages, or text"
     return read_data(data, eval_share, seed, partial(read_example, template), remedy)
@@ -161,14 +162,16 @@ def read_example(template, row, left_out):
         turns = [
             {name: text_in(turn, name) for name in ("role", "content")} for turn in row["messages"]
         ]
-        answers = [turn for turn in turns if turn["role"] == "assistant"]
-        return {"messages": turns} if answers and answers[-1]["content"].strip() else None
+        said = [n for n in range(1, len(turns)) if turns[n]["role"] == "assistant"]
+        if not said or not turns[said[-1]]["content"].strip():
+            return None
+        return {"messages": turns, "shown": turns[said[0] - 1]["content"]}
     if "instruction" in row or "prompt" in row:
         asked, answered = (
             ("instruction", "output") if "instruction" in row else ("prompt", "completion")
         )
-        given = text_in(row, "input") if row.get("input") else ""
-        if given.strip().strip("<>").lower() in ("noinput", "no input"):
+        given = text_in(row, "input").strip() if row.get("input") else ""
+        if re.sub(r"\W", "", given).lower() == "noinput":
             given = ""
             left_out['inputs that say "noinput"'] += 1
         instruction, answer = text_in(row, asked), text_in(row, answered)
@@ -222,7 +225,8 @@ def tokenize(tokenizer, rows, length, left_out):
         examples.append({"input_ids": ids[:length], "labels": labels[:length]})
         kept.append(row)
     if not kept:
-        raise ValueError(f"MAX_LENGTH {length} leaves no answer")
+        remedy = "give more or shorter examples, since of none an answer is left"
+        raise SettingsError(f"MAX_LENGTH is {length} here: {remedy}")
     return examples, kept
 
 
@@ -234,15 +238,15 @@ def plain(row):
 
 def conversation(tokenizer, messages):
     """Return a conversation in the tokenizer's template, and where its answers begin and end."""
-    spans = []
-    for number, turn in enumerate(messages):
-        if turn["role"] == "assistant":
+    text, spans = apply_template(tokenizer, messages), []
+    for number in range(1, len(messages)):
+        if messages[number]["role"] == "assistant":
             before = apply_template(tokenizer, messages[:number], add_generation_prompt=True)
-            after = apply_template(tokenizer, messages[: number + 1])
-            if not after.startswith(before):
+            after = apply_template(tokenizer, messages[: number + 1]).rstrip()
+            if not (after.startswith(before) and text.startswith(after)):
                 raise ValueError("its chat template changes what came before an answer")
             spans.append((len(before), len(after)))
-    return apply_template(tokenizer, messages), spans
+    return text, spans
 
 
 def apply_template(tokenizer, messages, **options):
@@ -254,9 +258,17 @@ def make_collator(model, tokenizer, packing):
     """Return what makes a batch of examples: padded on the right, or one after another."""
     if not packing:
         return transformers.DataCollatorForSeq2Seq(tokenizer)
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise SettingsError("PACKING is True: give False, since the model takes no positions")
-    return transformers.DataCollatorWithFlattening()
+    packed = transformers.DataCollatorWithFlattening()
+    first, last = ({"input_ids": ids, "labels": ids} for ids in ([*range(9)], [9, 8, 7]))
+    with blame("PACKING", packing, "give False"), torch.no_grad():
+        logits = []
+        for examples in ([last], [first, last]):
+            batch = {name: each.to(model.device) for name, each in packed(examples).items()}
+            logits.append(model(**batch, use_cache=False).logits[0, -1].float())
+        alone, behind = logits
+        if (alone - behind).std() > 0.1 * alone.std():
+            raise ValueError("in this model an example sees the one before it")
+    return packed
 
 
 # ------------------------------------------------------------------------------------ the training
@@ -411,7 +423,7 @@ def measure(model, tokenizer, examples, rows, settings, whole=True):
         return {"loss": loss}
     figures = {"loss": loss, "standard_error": error, "perplexity": math.exp(min(loss, 700))}
     figures |= {"examples": len(examples), "tokens": sum(counts), "nats": nats, "counts": counts}
-    return figures | {"first_sample": answers(model, tokenizer, rows[:6], settings)}
+    return figures | {"first_sample": answers(model, tokenizer, examples, rows[:6], settings)}
 
 
 def ratio(sums, counts):
@@ -421,23 +433,22 @@ def ratio(sums, counts):
     return mean, math.sqrt(squares) / sum(counts)
 
 
-def answers(model, tokenizer, rows, settings):
-    """Return {prompt: answer}, the likeliest tokens, up to the first end token."""
+def answers(model, tokenizer, examples, rows, settings):
+    """Return {what is asked: answer}, the likeliest tokens, up to the first end token."""
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     said = {}
-    for row in rows:
-        text, shown, whole = row.get("prompt"), row.get("shown"), "messages" not in row
-        if not whole:
-            last = max(n for n, turn in enumerate(row["messages"]) if turn["role"] == "assistant")
-            text = apply_template(tokenizer, row["messages"][:last], add_generation_prompt=True)
-            shown = row["messages"][last - 1]["content"]
-        inputs = tokenizer(text or shown, add_special_tokens=whole, return_tensors="pt")
-        query = inputs["input_ids"][0]
-        room = min(settings.max_new_tokens, context - len(query))
-        inputs = inputs.to(model.device)
+    for row, example in zip(rows, examples):
+        labels = example["labels"]
+        first = next(n for n in range(1, len(labels)) if labels[n] != -100)
+        query = tokenizer(row["shown"])["input_ids"][: len(labels) - 1]  # of a text its beginning
+        if "messages" in row or row["prompt"]:
+            query = example["input_ids"][:first]
+        query = torch.tensor(query, device=model.device)
+        options = {"attention_mask": torch.ones_like(query[None]), "do_sample": False}
+        options["max_new_tokens"] = min(settings.max_new_tokens, context - len(query))
         with torch.no_grad():
-            sequence = model.generate(**inputs, do_sample=False, max_new_tokens=max(room, 1))[0]
-        said[shown] = texts_of(tokenizer, query, [sequence[len(query) :].cpu()])[0]
+            sequence = model.generate(query[None], **options)[0]
+        said[row["shown"]] = texts_of(tokenizer, query, [sequence[len(query) :]])[0]
     return said
 
 
@@ -459,8 +470,12 @@ def chat_template_of(tokenizer, rows, template):
     if not any(row.get("prompt") for row in rows):  # of messages or texts
         return tokenizer.chat_template
     start = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("")["input_ids"] else ""
+    asked = fill(template, "Hi", "")
+    ids = tokenizer(start + asked, add_special_tokens=False)["input_ids"]
+    if ids != tokenizer(asked)["input_ids"]:  # a space before the first word, but not after a token
+        start += " "
     before, after = fill(template, "\0", "").split("\0")
-    parts = [json.dumps(text) for text in (start or "", before, after)]
+    parts = [json.dumps(text, ensure_ascii=False) for text in (start, before, after)]
     return (
         "{{{{ {} }}}}{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}"
         "{{{{ message['content'] + eos_token }}}}{{% else %}}"
