@@ -218,7 +218,8 @@ def load_model(settings, device, dtype):
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
-    heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    parts = [name for name, part in model.named_children() if any(True for _ in part.parameters())]
+    heads = [name for name in parts if name != model.base_model_prefix]
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     for parameter in layers[-1].parameters():
         torch.nn.init.zeros_(parameter)  # random first scores would mean nothing
