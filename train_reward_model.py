@@ -238,7 +238,6 @@ def save_reward_model(model, tokenizer, name, folder):
     if hasattr(model, "peft_config"):
         save_with_adapter(model, tokenizer, name, folder)
         return
-    model = model.dequantize() if getattr(model, "is_quantized", False) else model
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -408,7 +407,13 @@ def check_data(score, output_dir, data, eval_share, seed):
         raise SettingsError(f"OUTPUT_DIR is {output_dir}: there is no model in it: train one first")
 
 
-CHECKS = (check_data, check_batches, check_installed, check_output, check_alone)
+def check_head(quantization, lora_rank):
+    """Refuse to train a head alone on a quantized body, which transformers' Trainer won't do."""
+    if quantization != "none" and lora_rank == 0:
+        raise SettingsError(f"QUANTIZATION is {quantization}: give none, or LORA_RANK 1 or more")
+
+
+CHECKS = (check_data, check_head, check_batches, check_installed, check_output, check_alone)
 
 
 def main(argv=()):
