@@ -322,7 +322,9 @@ def calibration(margins, right, bins=5):
 # ------------------------------------------------------------------------------- screen and report
 def make_report(model, settings, metrics, base, trained):
     """Return the content of report.json."""
-    learned = trained["accuracy"] - 3 * trained["standard_error"] > trained["guessing"]
+    # Of a few comparisons all may be right by chance, with a standard error of 0.
+    error = max(trained["standard_error"], 0.5 / trained["comparisons"] ** 0.5)
+    learned = trained["accuracy"] - 3 * error > trained["guessing"]
     figures = {"learned": learned, "base": base, "trained": trained}
     return describe_run(model, settings, metrics) | figures
 
