@@ -107,7 +107,7 @@ def show_scores(settings, device):
     score, _ = load_classifier(
         "OUTPUT_DIR", settings.output_dir, "", settings.eval_batch_size, device
     )
-    texts = [row["prompt"] for row in rows]
+    texts = [said_before(row) for row in rows]
     for text, number in zip(texts, score([""] * len(texts), texts)):
         print(f"{number:+8.3f}  {shorten(text)}", flush=True)
 
@@ -130,8 +130,10 @@ def read_comparison(row, left_out):
         if not before and isinstance(row["chosen"], list):  # each a whole conversation
             before = said_before({"prompt": row["chosen"][:-1]})
     elif "ranking" in row:
-        before = said_before(row)
-        ranked = [(rank, row[f"completion_{number}"]) for number, rank in enumerate(row["ranking"])]
+        before, ranks = said_before(row), row["ranking"]
+        if not isinstance(ranks, list) or f"completion_{len(ranks)}" in row:
+            raise ValueError(f"its ranking is {shorten(ranks)}: give a list, a rank for each completion")
+        ranked = [(rank, row[f"completion_{number}"]) for number, rank in enumerate(ranks)]
     else:
         if list(row) == ["text"]:  # a line of a file of another kind
             label, _, text = row["text"].partition(" ")
@@ -159,7 +161,7 @@ def said_before(row):
 
 def answer_in(answer):
     """Return the text of an answer: a text, a message, or the last of several."""
-    if isinstance(answer, list):
+    if isinstance(answer, list) and answer:
         return answer_in(answer[-1])
     if isinstance(answer, dict):
         return text_in(answer, "content" if "content" in answer else "value")
