@@ -1239,8 +1239,8 @@ def load_weights(kind, path, new_head=False, **options):
     options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     model, loading = kind.from_pretrained(path, ignore_mismatched_sizes=new_head, **options)
     architecture = (model.config.architectures or ["model of no architecture"])[0]
-    is_other = "SequenceClassification" in architecture  # tied weights would hide it
-    if not new_head and is_other != (kind is transformers.AutoModelForSequenceClassification):
+    is_classifier = "SequenceClassification" in architecture  # tied weights would hide it
+    if not new_head and is_classifier != (kind is transformers.AutoModelForSequenceClassification):
         raise ValueError(f"it is a {architecture}")
     lacking = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
     if new_head:  # which is random, and nothing else
