@@ -132,7 +132,7 @@ def read_comparison(row, left_out):
     elif "ranking" in row:
         before, ranks = said_before(row), row["ranking"]
         if not isinstance(ranks, list) or f"completion_{len(ranks)}" in row:
-            raise ValueError(f"its ranking is {shorten(ranks)}: give a list, a rank for each completion")
+            raise ValueError(f"its ranking is {shorten(ranks)}: give a rank for each completion")
         ranked = [(rank, row[f"completion_{number}"]) for number, rank in enumerate(ranks)]
     else:
         if list(row) == ["text"]:  # a line of a file of another kind

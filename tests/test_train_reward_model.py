@@ -98,8 +98,9 @@ def save_model(demo_model, shared_model, tmp_path_factory):
         else:
             auto = AutoModelForSequenceClassification
             sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}
-            config = BertConfig(**SIZES, **more) if kind == "bert" else DistilBertConfig(**sizes, **more)
-            config.num_labels = 2
+            more |= {"num_labels": 2}
+            is_bert = kind == "bert"
+            config = BertConfig(**SIZES, **more) if is_bert else DistilBertConfig(**sizes, **more)
         torch.manual_seed(0)
         auto.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -176,11 +177,14 @@ def test_a_row_is_its_comparisons(row, wanted):
 def test_conversations_that_people_compared(shared):
     path = shared("data/preferences_300.json")
     rows, eval_rows, left_out = train_reward_model.read_comparisons(str(path), 0.1, 0)
-    assert (len(rows), len(eval_rows), sum(left_out.values())) == (270, 30, 0)
-    found = {pair for row in rows + eval_rows for pair in row}
+    wanted = []
     for row in json.loads(path.read_text(encoding="utf-8")):
         before = "\n".join(turn["value"] for turn in row["conversations"])
-        assert tuple(f"{before}\n{row[name]['value']}" for name in ("chosen", "rejected")) in found
+        pair = tuple(f"{before}\n{row[name]['value']}" for name in ("chosen", "rejected"))
+        wanted.append(pair)
+    assert {pair for row in rows + eval_rows for pair in row} == {*wanted}
+    assert left_out == {"given twice": 300 - len({*wanted})}
+    assert len(eval_rows) == math.ceil(0.1 * len({*wanted}))
 
 
 def test_sentences_with_labels(shared):
@@ -227,11 +231,11 @@ FIRST = {"chosen": "a", "rejected": "b"}
         (RANKED | {"ranking": [0, 1, 2, 3]}, "it has no 'completion_3'"),
         (
             RANKED | {"ranking": [1, 0]},
-            "its ranking is [1, 0]: give a list, a rank for each completion",
+            "its ranking is [1, 0]: give a rank for each completion",
         ),
         (
             RANKED | {"ranking": "210"},
-            "its ranking is 210: give a list, a rank for each completion",
+            "its ranking is 210: give a rank for each completion",
         ),
     ],
 )
@@ -295,10 +299,9 @@ def test_the_score_of_a_text_does_not_depend_on_its_batch(models, demo_model, tm
     assert torch.equal(embeddings[: len(before)], original.get_input_embeddings().weight)
     assert len(embeddings) == len(tokenizer) == model.config.vocab_size
     train_reward_model.save_reward_model(model, tokenizer, "", tmp_path)
-    for size in (1, 4):
-        score, scale = train_rlhf.load_classifier("REWARD", str(tmp_path), "", size, CPU)
-        assert score([""] * 4, TEXTS) == pytest.approx(wanted, abs=2e-4)
-        assert scale is None
+    score, scale = train_rlhf.load_classifier("REWARD", str(tmp_path), "", 3, CPU)
+    assert score([""] * 4, TEXTS) == pytest.approx(wanted, abs=2e-4)  # the last is alone
+    assert scale is None
 
 
 def test_of_a_long_text_the_end_counts(demo_model):
@@ -388,6 +391,7 @@ def test_the_standard_error_of_rankings_is_that_of_whole_rows():
     pairs, wins = [], []
     for row in range(60):
         texts = drawn.normal([2, 1, 0, -1][: 2 + row % 3], 1.5).round(3)
+        texts *= drawn.choice([1, 1, -1])  # of some rows it understands the contrary
         pairs += [(row, *two) for two in combinations(texts.tolist(), 2)]
         wins.append([float(one > other) for one, other in combinations(texts, 2)])
     found = figures_of(pairs, size=50)
@@ -397,7 +401,7 @@ def test_the_standard_error_of_rankings_is_that_of_whole_rows():
     spread = (sums[places].sum(1) / counts[places].sum(1)).std()  # over rows drawn again and again
     assert found["standard_error"] == pytest.approx(spread, rel=0.05)
     alone = math.sqrt(found["accuracy"] * (1 - found["accuracy"]) / counts.sum())
-    assert found["standard_error"] > 1.15 * alone
+    assert found["standard_error"] > 1.3 * alone
 
 
 def test_of_labels_the_larger_share_is_what_guessing_gets():
@@ -461,7 +465,7 @@ def test_a_quantized_model_is_saved_whole(models, run_small, kind, bits):
     before, after = weights_of(models(kind)), weights_of(folder)
     assert {weight.dtype for weight in after.values()} == {torch.float32}
     shared = set(before) & set(after) - {"classifier.weight", "classifier.bias"}
-    assert all(before[name].shape == after[name].shape for name in shared) and len(shared) > 20
+    assert all(before[name].shape == after[name].shape for name in shared) and len(shared) >= 20
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     score, _ = train_rlhf.load_classifier("REWARD", str(folder), "", 3, CPU)
     wanted = report["trained"]["first_sample"]
@@ -477,7 +481,7 @@ def test_minibatches_give_the_same_steps(models, run_small):
 
     whole = metrics_of()
     assert whole[0] == pytest.approx(math.log(2))  # the head is zero
-    assert metrics_of("--mini-batch-size", "1") == pytest.approx(whole, rel=1e-3)
+    assert metrics_of("--mini-batch-size", "2") == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.fixture
@@ -491,7 +495,7 @@ def refused(run_main, tmp_path, capsys):
         assert main(*given, *flags) == 2
         first, line = capsys.readouterr().err.splitlines()
         assert first == "Nothing was started or changed:"
-        assert not (tmp_path / "reward_model").exists() and not (tmp_path / "trained_model").exists()
+        assert not [*tmp_path.glob("*/checkpoint")]
         return line
 
     return start
@@ -591,10 +595,11 @@ def learned(demo_model, tmp_path_factory):
         patch.syspath_prepend(demo_model.parent / "examples")
         import make_data
 
-        patch.setattr(sys, "argv", ["make_data.py", "--pairs", "600", "--texts", "0"])
+        patch.setattr(sys, "argv", ["make_data.py", "--pairs", "500", "--texts", "0"])
         make_data.main()
-        flags = ["--model-name", str(demo_model), "--data", "pairs.jsonl", "--eval-share", "0.5"]
-        flags += ["--learning-rate", "3e-3", "--device", "cpu", "--dtype", "float32"]
+        flags = ["--model-name", str(demo_model), "--data", "pairs.jsonl", "--eval-share", "0.4"]
+        flags += ["--learning-rate", "5e-3", "--training-epochs", "2", "--eval-every", "25"]
+        flags += ["--device", "cpu", "--dtype", "float32"]
         assert train_reward_model.main(flags) == 0
     return folder
 
@@ -606,9 +611,9 @@ def report(learned):
 
 def test_300_pairs_teach_what_is_preferred(report):
     base, trained = report["base"], report["trained"]
-    assert report["samples"] == 57 * 16 and trained["comparisons"] == 300
+    assert report["samples"] == 38 * 16 and trained["comparisons"] == 200
     assert (base["accuracy"], base["loss"]) == (0.5, pytest.approx(math.log(2)))
-    assert trained["accuracy"] >= 0.8 and trained["standard_error"] < 0.025
+    assert trained["accuracy"] >= 0.8 and trained["standard_error"] < 0.03
     assert trained["loss"] < 0.55 and trained["margin"] > 1
     assert report["learned"]
     surest, least_sure = trained["calibration"][-1], trained["calibration"][0]
@@ -619,11 +624,11 @@ def test_its_folder_has_all_that_a_run_leaves(learned, report):
     folder = learned / "reward_model"
     card = (folder / "README.md").read_text(encoding="utf-8")
     trained = report["trained"]
-    assert f"Right: {trained['accuracy']:.1%} ± {trained['standard_error']:.1%} of 300" in card
+    assert f"Right: {trained['accuracy']:.1%} ± {trained['standard_error']:.1%} of 200" in card
     assert (folder / "training.png").stat().st_size > 10_000
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     held_out = [json.loads(line)["eval_accuracy"] for line in lines]
-    assert [place for place, each in enumerate(held_out, start=1) if each is not None] == [25, 50]
+    assert [place for place, each in enumerate(held_out, start=1) if each is not None] == [25]
     names = {path.name for path in (folder / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names
 
@@ -652,14 +657,14 @@ def test_the_scale_goes_to_ppo(learned, report, score):
 
 def test_scores_have_mean_0_and_deviation_1_over_the_held_out_texts(learned, report, score):
     of_texts, _ = score
-    _, held_out, _ = train_reward_model.read_comparisons(str(learned / "pairs.jsonl"), 0.5, 0)
+    _, held_out, _ = train_reward_model.read_comparisons(str(learned / "pairs.jsonl"), 0.4, 0)
     texts = sorted({text for row in held_out for pair in row for text in pair})
     scores = dict(zip(texts, of_texts(texts)))
     values = torch.tensor([*scores.values()])
     assert values.mean().item() == pytest.approx(0, abs=1e-3)
     assert values.std(correction=0).item() == pytest.approx(1, abs=1e-3)
     right = [scores[better] > scores[worse] for ((better, worse),) in held_out]
-    assert sum(right) / 300 == pytest.approx(report["trained"]["accuracy"], abs=0.004)
+    assert sum(right) / 200 == pytest.approx(report["trained"]["accuracy"], abs=0.006)
 
 
 @pytest.fixture
@@ -738,7 +743,8 @@ def test_ppo_on_it_from_an_adapter(call_main, learned, report, score, adapter, m
     scores = score[0]([sample["prompt"] + sample["response"] for sample in samples])
     assert [sample["score"] for sample in samples] == pytest.approx(scores, abs=1e-3)
     assert metrics["success_rate"] == sum(each > 0 for each in scores) / 4
-    after, accuracy = json.loads((folder / "report.json").read_text()), report["trained"]["accuracy"]
+    accuracy = report["trained"]["accuracy"]
+    after = json.loads((folder / "report.json").read_text())
     assert after["scale"]["accuracy"] == accuracy
     assert after["trained"]["train_prompts"]["success_rate"] is not None
     card = (folder / "README.md").read_text(encoding="utf-8")
