@@ -456,9 +456,7 @@ def test_another_architecture_with_its_own_tokenizer(models, run_small, kind, ra
     assert score([""] * len(wanted), [*wanted]) == pytest.approx([*wanted.values()], abs=raw)
 
 
-@pytest.mark.parametrize(
-    ("kind", "bits"), [("llama", "8bit"), ("llama", "4bit"), ("distilbert", "4bit")]
-)
+@pytest.mark.parametrize(("kind", "bits"), [("llama", "8bit"), ("distilbert", "4bit")])
 def test_a_quantized_model_is_saved_whole(models, run_small, kind, bits):
     """Where bitsandbytes quantizes part of a new head, that can't be trained."""
     folder, report = run_small(models(kind), "--quantization", bits)
@@ -598,7 +596,7 @@ def learned(demo_model, tmp_path_factory):
         patch.setattr(sys, "argv", ["make_data.py", "--pairs", "500", "--texts", "0"])
         make_data.main()
         flags = ["--model-name", str(demo_model), "--data", "pairs.jsonl", "--eval-share", "0.4"]
-        flags += ["--learning-rate", "5e-3", "--training-epochs", "2", "--eval-every", "25"]
+        flags += ["--learning-rate", "7e-3", "--training-epochs", "1.5", "--eval-every", "20"]
         flags += ["--device", "cpu", "--dtype", "float32"]
         assert train_reward_model.main(flags) == 0
     return folder
@@ -611,7 +609,7 @@ def report(learned):
 
 def test_300_pairs_teach_what_is_preferred(report):
     base, trained = report["base"], report["trained"]
-    assert report["samples"] == 38 * 16 and trained["comparisons"] == 200
+    assert report["samples"] == 29 * 16 and trained["comparisons"] == 200
     assert (base["accuracy"], base["loss"]) == (0.5, pytest.approx(math.log(2)))
     assert trained["accuracy"] >= 0.8 and trained["standard_error"] < 0.03
     assert trained["loss"] < 0.55 and trained["margin"] > 1
@@ -628,7 +626,7 @@ def test_its_folder_has_all_that_a_run_leaves(learned, report):
     assert (folder / "training.png").stat().st_size > 10_000
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     held_out = [json.loads(line)["eval_accuracy"] for line in lines]
-    assert [place for place, each in enumerate(held_out, start=1) if each is not None] == [25]
+    assert [place for place, each in enumerate(held_out, start=1) if each is not None] == [20]
     names = {path.name for path in (folder / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names
 
