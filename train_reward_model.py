@@ -107,7 +107,7 @@ def show_scores(settings, device):
     score, _ = load_classifier(
         "OUTPUT_DIR", settings.output_dir, "", settings.eval_batch_size, device
     )
-    texts = [row["prompt"] for row in rows]
+    texts = [said_before(row) for row in rows]
     for text, number in zip(texts, score([""] * len(texts), texts)):
         print(f"{number:+8.3f}  {shorten(text)}", flush=True)
 
@@ -130,8 +130,10 @@ def read_comparison(row, left_out):
         if not before and isinstance(row["chosen"], list):  # each a whole conversation
             before = said_before({"prompt": row["chosen"][:-1]})
     elif "ranking" in row:
-        before = said_before(row)
-        ranked = [(rank, row[f"completion_{number}"]) for number, rank in enumerate(row["ranking"])]
+        before, ranks = said_before(row), row["ranking"]
+        if not isinstance(ranks, list) or f"completion_{len(ranks)}" in row:
+            raise ValueError(f"its ranking is {shorten(ranks)}: give a rank for each completion")
+        ranked = [(rank, row[f"completion_{number}"]) for number, rank in enumerate(ranks)]
     else:
         if list(row) == ["text"]:  # a line of a file of another kind
             label, _, text = row["text"].partition(" ")
@@ -159,7 +161,7 @@ def said_before(row):
 
 def answer_in(answer):
     """Return the text of an answer: a text, a message, or the last of several."""
-    if isinstance(answer, list):
+    if isinstance(answer, list) and answer:
         return answer_in(answer[-1])
     if isinstance(answer, dict):
         return text_in(answer, "content" if "content" in answer else "value")
@@ -218,7 +220,8 @@ def load_model(settings, device, dtype):
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
-    heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    parts = [name for name, part in model.named_children() if any(True for _ in part.parameters())]
+    heads = [name for name in parts if name != model.base_model_prefix]
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     for parameter in layers[-1].parameters():
         torch.nn.init.zeros_(parameter)  # random first scores would mean nothing
@@ -237,7 +240,6 @@ def save_reward_model(model, tokenizer, name, folder):
     if hasattr(model, "peft_config"):
         save_with_adapter(model, tokenizer, name, folder)
         return
-    model = model.dequantize() if getattr(model, "is_quantized", False) else model
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -322,7 +324,9 @@ def calibration(margins, right, bins=5):
 # ------------------------------------------------------------------------------- screen and report
 def make_report(model, settings, metrics, base, trained):
     """Return the content of report.json."""
-    learned = trained["accuracy"] - 3 * trained["standard_error"] > trained["guessing"]
+    # Of a few comparisons all may be right by chance, with a standard error of 0.
+    error = max(trained["standard_error"], 0.5 / trained["comparisons"] ** 0.5)
+    learned = trained["accuracy"] - 3 * error > trained["guessing"]
     figures = {"learned": learned, "base": base, "trained": trained}
     return describe_run(model, settings, metrics) | figures
 
@@ -407,7 +411,13 @@ def check_data(score, output_dir, data, eval_share, seed):
         raise SettingsError(f"OUTPUT_DIR is {output_dir}: there is no model in it: train one first")
 
 
-CHECKS = (check_data, check_batches, check_installed, check_output, check_alone)
+def check_head(quantization, lora_rank):
+    """Refuse to train a head alone on a quantized body, which transformers' Trainer won't do."""
+    if quantization != "none" and lora_rank == 0:
+        raise SettingsError(f"QUANTIZATION is {quantization}: give none, or LORA_RANK 1 or more")
+
+
+CHECKS = (check_data, check_head, check_batches, check_installed, check_output, check_alone)
 
 
 def main(argv=()):

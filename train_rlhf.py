@@ -1228,6 +1228,8 @@ def load_base_model(path, device, dtype, quantization, kind="AutoModelForCausalL
     if quantization != "none":
         bits = {f"load_in_{quantization}": True, "bnb_4bit_quant_type": "nf4"}
         bits |= {"bnb_4bit_compute_dtype": dtype, "bnb_4bit_use_double_quant": True}
+        if "new_head" in options:  # which is trained as it is
+            bits["llm_int8_skip_modules"] = ["score", "classifier", "classification_head"]
         options["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
     return load_weights(getattr(transformers, kind), path, **options)
 
@@ -1237,10 +1239,8 @@ def load_weights(kind, path, new_head=False, **options):
     options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     model, loading = kind.from_pretrained(path, ignore_mismatched_sizes=new_head, **options)
     architecture = (model.config.architectures or ["model of no architecture"])[0]
-    wanted = kind is transformers.AutoModelForSequenceClassification
-    if not new_head and wanted != (
-        "SequenceClassification" in architecture
-    ):  # or tied weights hide it
+    is_classifier = "SequenceClassification" in architecture  # tied weights would hide it
+    if not new_head and is_classifier != (kind is transformers.AutoModelForSequenceClassification):
         raise ValueError(f"it is a {architecture}")
     lacking = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
     if new_head:  # which is random, and nothing else

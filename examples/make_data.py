@@ -76,10 +76,12 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
 
     texts, pairs = [], []
-    while len(texts) < options.texts or len(pairs) < options.pairs:
+    while len(texts) < options.texts:
         for prompt in PROMPTS:
             found = sample(model, tokenizer, prompt, 200, 24)
             texts += [{"text": prompt + text} for text in found if speaks_of_family(text)]
+    while len(pairs) < options.pairs:
+        for prompt in PROMPTS:
             found = sample(model, tokenizer, prompt, 100, 10)
             for one, other in zip(found[::2], found[1::2]):
                 worse, better = sorted((one, other), key=gold)

@@ -1,6 +1,7 @@
-"""The rewards to copy: what they say of texts, and a run with each."""
+"""What is there to copy: rewards, what they say of texts, a run with each; and data to learn from."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -51,3 +52,49 @@ def test_a_run_with_each(call_main, demo_model, name):
     graded = name != "right_answer"
     assert (report["base"]["train_prompts"]["success_rate"] is None) == graded
     assert (report["scale"]["deviation"] != 1.0) == graded
+
+
+# ------------------------------------------------------------------------------- data to learn from
+@pytest.fixture(scope="module")
+def make_data():
+    """Return what the file has, with a single prompt: less to sample."""
+    found = runpy.run_path(str(FILE.parent / "make_data.py"))
+    del found["PROMPTS"][1:]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "truth"),
+    [
+        ("I am Happy, so happy, but lost", 1),
+        ("unhappy gladly Sadness", 0),
+        ("a bad and terrible day", -2),
+        ("", 0),
+    ],
+)
+def test_the_truth_is_good_words_less_bad_ones(make_data, text, truth):
+    assert make_data["gold"](text) == truth
+
+
+def test_the_data_is_what_it_says(make_data, monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "new" / "data"
+    flags = ["--pairs", "25", "--texts", "15", "--output-dir", str(folder)]
+    monkeypatch.setattr("sys.argv", ["make_data.py", *flags])
+    make_data["main"]()
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{folder / 'texts.jsonl'}: 15 rows", f"{folder / 'pairs.jsonl'}: 25 rows"]
+    texts, pairs = (
+        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("texts", "pairs")
+    )
+    assert (len(texts), len(pairs)) == (15, 25)
+    for row in texts:
+        assert [*row] == ["text"] and row["text"].startswith("I feel so")
+        assert set(re.findall(r"\w+", row["text"].lower())) & set(make_data["FAMILY"].split())
+    good, bad = (set(make_data[name].split()) for name in ("GOOD", "BAD"))
+    for row in pairs:
+        assert row.pop("prompt") == "I feel so"
+        words = {name: re.findall(r"\w+", text.lower()) for name, text in row.items()}
+        truth = {name: sum((w in good) - (w in bad) for w in words[name]) for name in words}
+        assert truth["chosen"] > truth["rejected"]
+        assert all(text[0] in " .,!'" for text in row.values())  # what is sampled goes on
