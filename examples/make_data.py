@@ -79,7 +79,8 @@ def main():
     while len(texts) < options.texts:
         for prompt in PROMPTS:
             found = sample(model, tokenizer, prompt, 200, 24)
-            texts += [{"text": prompt + text} for text in found if speaks_of_family(text)]
+            early = [text for text in found if speaks_of_family(text[:40])]  # about ten tokens
+            texts += [{"text": prompt + text} for text in early]
     while len(pairs) < options.pairs:
         for prompt in PROMPTS:
             found = sample(model, tokenizer, prompt, 100, 10)
