@@ -312,7 +312,7 @@ def fit(kind, model, examples, collate, measured, settings, rules, files):
     schedule = transformers.get_cosine_schedule_with_warmup(
         optimizer, warmup, total, last_epoch=done - 1
     )
-    used_cache = model.config.use_cache
+    used_cache = getattr(model.config, "use_cache", None)
     trainer = kind(
         model,
         arguments,
