@@ -386,7 +386,7 @@ class Recorder:
         text = f"loss {recent(metrics, 'loss'):.3f}"
         text += f", held out {held_out[-1]:.3f}" if held_out else ""
         self.show(metrics, text)
-        give_up_on_bad_numbers(metrics, "")
+        give_up_on_bad_numbers(metrics)
         due = settings.save_every and step % settings.save_every == 0
         if (due and not skipped) or self.stop.requested or step == self.total:
             self.save()
