@@ -229,6 +229,16 @@ def run_copy(order, notes):
     runpy.run_path(order["script"], run_name="__main__")
 
 
+def quicker(savefig):
+    """Return a way to draw a figure that is quick, with overlapping labels."""
+
+    def draw(figure, path, dpi):
+        figure.set_layout_engine("none")
+        savefig(figure, path, dpi=30)
+
+    return draw
+
+
 def prepare(order, notes):
     """Note each phase, and each file in OUTPUT_DIR that is written, moved or removed; die in time.
 
@@ -296,13 +306,7 @@ def prepare(order, notes):
     if order["quick"]:  # placing the labels would take as long as a short run
         from matplotlib.figure import Figure
 
-        draw = Figure.savefig
-
-        def draw_fast(figure, path, dpi):
-            figure.set_layout_engine("none")
-            draw(figure, path, dpi=30)
-
-        Figure.savefig = draw_fast
+        Figure.savefig = quicker(Figure.savefig)
 
     enter("loading")
     sys.addaudithook(audit)
