@@ -196,7 +196,7 @@ def train(trainer, policy, tokenizer, reward, scale, rows, settings, metrics, sa
                 stats["seconds"] = time.perf_counter() - start
                 metrics.append(make_record(step, texts, scores, stats, scale, rows))
                 log(metrics, batch, texts, scores, kls)
-                give_up_on_bad_numbers(metrics)
+                give_up_on_bad_numbers(metrics, "lower TARGET_APPROX_KL, or ")
                 set_learning_rate(trainer.optimizer, metrics, total_steps, settings)
                 stop.requested = max(accelerate.utils.gather_object([stop.requested]))
                 due = settings.save_every and step % settings.save_every == 0
@@ -544,7 +544,7 @@ def success_rate(scores, threshold):
     return None if threshold is None else sum(each > threshold for each in scores) / len(scores)
 
 
-def give_up_on_bad_numbers(metrics, remedy="lower TARGET_APPROX_KL, or "):
+def give_up_on_bad_numbers(metrics, remedy=""):
     """Raise RunError where each of the last three steps had updates that were skipped."""
     if len(metrics) >= 3 and all(record["skipped_updates"] for record in metrics[-3:]):
         remedy += "start anew with a lower LEARNING_RATE or DTYPE float32"
@@ -610,7 +610,7 @@ def make_report(trainer, policy, tokenizer, reward, scale, rows, eval_rows, sett
     rise = after["score"] - before["score"]
     least_error = rise / math.sqrt(2 * before["samples"])  # a few samples may have no spread
     error = math.hypot(before["standard_error"], after["standard_error"], least_error)
-    report = {
+    report = describe_run(policy.pretrained_model, settings, metrics) | {
         "scale": scale,
         "chat": is_turn(rows[0]["prompt"], settings.chat_template),
         "learned": rise > 3 * error,  # beyond chance
@@ -618,7 +618,6 @@ def make_report(trainer, policy, tokenizer, reward, scale, rows, eval_rows, sett
         "base": base,
         "trained": trained,
     }
-    report = describe_run(policy.pretrained_model, settings, metrics) | report
     return report, base_scores["train_prompts"]
 
 
@@ -1447,9 +1446,8 @@ def explain(error, settings):
     if isinstance(error, RunError):
         return str(error)
     if lacks_memory(error) and not hasattr(settings, "mini_batch_size"):  # of a sibling
-        now = f"it is {settings.batch_size}"
-        anew = "QUANTIZATION 4bit or a smaller model"
-        return f"there is too little memory: lower BATCH_SIZE ({now}), or start anew with {anew}"
+        remedy = f"lower BATCH_SIZE (it is {settings.batch_size}), or start anew with QUANTIZATION"
+        return f"there is too little memory: {remedy} 4bit or a smaller model"
     if lacks_memory(error):
         now = f"it is {settings.mini_batch_size or settings.batch_size}"
         remedy = f"lower MINI_BATCH_SIZE ({now}) or EVAL_BATCH_SIZE ({settings.eval_batch_size})"
@@ -1625,9 +1623,8 @@ def save_results(report, card, save, draw, folder):
         return
     output, new = Path(folder), Path(folder, "checkpoint", "new")
     save(new)
-    (new / "README.md").write_text(
-        card + "\n![What was measured](training.png)\n", encoding="utf-8"
-    )
+    card += "\n![What was measured](training.png)\n"
+    (new / "README.md").write_text(card, encoding="utf-8")
     (new / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(new / "training.png")
     mode = (new / "README.md").stat().st_mode  # safetensors would let nobody else read

@@ -328,7 +328,7 @@ def fit(kind, model, examples, collate, measured, settings, rules, files):
     try:
         with stop_on_signal(True) as stop, open_metrics(settings, metrics, total) as show:
             recorder = joined(Recorder, transformers.TrainerCallback)
-            parts = optimizer, settings, metrics, len(examples), total, measured, show, save, stop
+            parts = trainer, settings, metrics, len(examples), total, measured, show, save, stop
             trainer.add_callback(recorder(*parts))
             trainer.remove_callback(transformers.PrinterCallback)
             if done < total:
@@ -360,8 +360,8 @@ def order_of(examples, total, settings):
 class Recorder:
     """What is done around each step of transformers' Trainer: records, checkpoints, stops."""
 
-    def __init__(self, optimizer, settings, metrics, rows, total, measured, show, save, stop):
-        self.optimizer, self.settings, self.metrics = optimizer, settings, metrics
+    def __init__(self, trainer, settings, metrics, rows, total, measured, show, save, stop):
+        self.trainer, self.settings, self.metrics = trainer, settings, metrics
         self.rows, self.total, self.measured = rows, total, measured
         self.show, self.save, self.stop = show, save, stop
         self.start = time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
@@ -369,13 +369,14 @@ class Recorder:
     def on_step_begin(self, arguments, state, control, **others):
         """Begin a step with random numbers of its own, so that a run can go on anywhere."""
         torch.manual_seed(self.settings.seed * 10**6 + len(self.metrics) + 1)
+        self.trainer._tr_loss.zero_()  # or one loss that is not finite would stay for good
 
     def on_pre_optimizer_step(self, arguments, state, control, **others):
         """Leave out an update whose gradient is not finite: without gradients nothing moves."""
-        gradients = [weight.grad for weight in self.optimizer.param_groups[0]["params"]]
+        gradients = [weight.grad for weight in self.trainer.optimizer.param_groups[0]["params"]]
         finite = all(each.isfinite().all() for each in gradients if each is not None)
         if not finite and not arguments.fp16:  # float16's scaler leaves it out by itself
-            self.optimizer.zero_grad()
+            self.trainer.optimizer.zero_grad()
 
     def on_log(self, arguments, state, control, logs, **others):
         """Record a step that was taken, show it, and save what is due."""
@@ -397,7 +398,7 @@ class Recorder:
         text = f"loss {recent(metrics, 'loss'):.3f}"
         text += f", held out {held_out[-1]:.3f}" if held_out else ""
         self.show(metrics, text)
-        give_up_on_bad_numbers(metrics, "")
+        give_up_on_bad_numbers(metrics)
         due = settings.save_every and step % settings.save_every == 0
         if (due and not skipped) or self.stop.requested or step == self.total:
             self.save()

@@ -1,4 +1,4 @@
-"""A process that imports train_rlhf once and forks a child for each run: importing takes seconds.
+"""A process that imports the scripts once and forks a child for each run: importing takes seconds.
 
 The first half is the tests' end of it, which speaks to it in lines of JSON. The second half is the
 process itself.
@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+SCRIPTS = ["train_rlhf", "train_sft", "train_reward_model"]
 READY_MADE = [  # what a run imports on its way, which its children would do once more each
     "accelerate.tracking",
     "bitsandbytes",
@@ -29,10 +31,12 @@ READY_MADE = [  # what a run imports on its way, which its children would do onc
     "torch.utils.serialization",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
     "trl.trainer.ppo_trainer",
 ]
 PHASES = {  # function: the phase that begins with it, and the one after it
     "train": ("training", "loading"),
+    "fit": ("training", "measuring"),
     "save_checkpoint": ("checkpoint", "training"),
     "make_report": ("measuring", "measuring"),
     "save_results": ("results", "end"),
@@ -75,10 +79,19 @@ class ForkDriver:
         return json.loads(self.process.stdout.readline())
 
     def start(
-        self, folder, *flags, signals=(), seconds=None, death=None, quick=False, **environment
+        self,
+        folder,
+        *flags,
+        script="train_rlhf",
+        signals=(),
+        seconds=None,
+        death=None,
+        quick=False,
+        **environment,
     ):
-        """Start train_rlhf.main with the flags, and so many variables of environment more.
+        """Start a script's main with the flags, and so many variables of environment more.
 
+        script: the name of one of ours, or the path of a copy, which is run as a program.
         signals: (step, number) pairs, sent when the step is taken but not yet noted.
         seconds: the processor time after which the kernel kills it.
         death: a note, how often it has come when death does, and the size of a file beyond which
@@ -89,6 +102,7 @@ class ForkDriver:
         place.mkdir()
         order = {"cwd": str(folder), "flags": [*map(str, flags)], "environment": environment}
         order |= {"signals": list(signals), "seconds": seconds, "death": death, "quick": quick}
+        order["script"] = str(script)
         return Child(self, place, self.ask(start=order, place=str(place)))
 
 
@@ -162,11 +176,9 @@ def serve():
 
 
 def import_all():
-    """Import train_rlhf and what it imports later."""
-    global train_rlhf
+    """Import the scripts and what they import later."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    train_rlhf = importlib.import_module("train_rlhf")
-    for name in READY_MADE:
+    for name in [*SCRIPTS, *READY_MADE]:
         importlib.import_module(name)
 
 
@@ -189,10 +201,8 @@ def run_child(order, place, notes):
         os.set_blocking(notes, False)
         os.chdir(order["cwd"])
         os.environ.update(order["environment"])
-        sys.argv = [train_rlhf.__file__, *order["flags"]]
         signal.alarm(LONGEST)
-        prepare(order, notes)
-        status = train_rlhf.main(order["flags"])
+        status = (run_ours if order["script"] in SCRIPTS else run_copy)(order, notes)
     except SystemExit as error:  # of --help
         status = error.code
     except BaseException:
@@ -200,6 +210,33 @@ def run_child(order, place, notes):
     finally:
         sys.stdout.flush()
         os._exit(status)
+
+
+def run_ours(order, notes):
+    """Call main of the script that the driver has imported; return the exit status."""
+    script = sys.modules[order["script"]]
+    sys.argv = [script.__file__, *order["flags"]]
+    prepare(order, notes)
+    return script.main(order["flags"])
+
+
+def run_copy(order, notes):
+    """Run a copy of a script as a program, which imports what lies beside it; it exits."""
+    for name in SCRIPTS:
+        del sys.modules[name]
+    sys.path[0] = os.path.dirname(order["script"])
+    sys.argv = [order["script"], *order["flags"]]
+    runpy.run_path(order["script"], run_name="__main__")
+
+
+def quicker(savefig):
+    """Return a way to draw a figure that is quick, with overlapping labels."""
+
+    def draw(figure, path, dpi):
+        figure.set_layout_engine("none")
+        savefig(figure, path, dpi=30)
+
+    return draw
 
 
 def prepare(order, notes):
@@ -211,7 +248,8 @@ def prepare(order, notes):
     """
     phase, counts = "", {}
     death, times, size = order["death"] or (None, 0, None)
-    flags = ["--output-dir", "trained_model", *order["flags"]]
+    script = sys.modules[order["script"]]
+    flags = ["--output-dir", script.OUTPUT_DIR, *order["flags"]]
     folder = flags[len(flags) - flags[::-1].index("--output-dir")]
 
     def note(text):
@@ -244,27 +282,31 @@ def prepare(order, notes):
 
         return watched
 
-    make_record = train_rlhf.make_record
-
-    def send_signals(step, *args):
+    def send_signals(step):
         for when, number in order["signals"]:
             if step == when:
                 os.kill(os.getpid(), number)
+
+    train_rlhf, train_sft = sys.modules["train_rlhf"], sys.modules["train_sft"]
+    make_record, on_log = train_rlhf.make_record, train_sft.Recorder.on_log
+
+    def signalled_record(step, *args):
+        send_signals(step)
         return make_record(step, *args)
 
-    train_rlhf.make_record = send_signals
+    def signalled_log(self, *args, **more):
+        send_signals(len(self.metrics) + 1)
+        on_log(self, *args, **more)
+
+    train_rlhf.make_record, train_sft.Recorder.on_log = signalled_record, signalled_log
     for name, phases in PHASES.items():
-        setattr(train_rlhf, name, watch(getattr(train_rlhf, name), *phases))
+        for module in {script, train_sft} if script is not train_rlhf else {script}:
+            if name in vars(module):
+                setattr(module, name, watch(getattr(module, name), *phases))
     if order["quick"]:  # placing the labels would take as long as a short run
         from matplotlib.figure import Figure
 
-        draw = Figure.savefig
-
-        def draw_fast(figure, path, dpi):
-            figure.set_layout_engine("none")
-            draw(figure, path, dpi=30)
-
-        Figure.savefig = draw_fast
+        Figure.savefig = quicker(Figure.savefig)
 
     enter("loading")
     sys.addaudithook(audit)

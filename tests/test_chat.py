@@ -114,10 +114,11 @@ def test_the_template_takes_of_the_context_too(chat_model, tokenizer, make_setti
     rows = [{"prompt": "I feel so"}]
     assert len(tokenizer("I feel so")["input_ids"]) <= 4
     settings = make_settings("--max-new-tokens", "252")
-    assert train_rlhf.prompts_that_fit(chat_model, tokenizer, rows, settings) == rows
+    context = train_rlhf.context_of(chat_model)
+    assert train_rlhf.prompts_that_fit(context, tokenizer, rows, settings) == rows
     settings = make_settings("--max-new-tokens", "252", "--chat-template")
     with pytest.raises(train_rlhf.SettingsError, match="MAX_NEW_TOKENS is 252, too many for every"):
-        train_rlhf.prompts_that_fit(chat_model, tokenizer, rows, settings)
+        train_rlhf.prompts_that_fit(context, tokenizer, rows, settings)
 
 
 # ------------------------------------------------------------------------------ the end of a response

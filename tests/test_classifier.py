@@ -158,10 +158,10 @@ def test_of_a_text_that_is_too_long_the_end_counts(save_classifier, load, kind):
 
 def test_a_classifier_may_bring_its_scale(save_classifier, load):
     """A reward model's own samples say more than a base model's that hardly ever succeeds."""
-    folder = save_classifier(score_mean=2.5, score_std=4.0)
+    folder = save_classifier(score_mean=2.5, score_std=4.0, score_accuracy=0.75)
     reward, scale = load(folder)
-    assert scale == train_rlhf.AS_IT_IS
-    assert scale["threshold"] is None
+    # Chosen and rejected texts are on both sides of 0, so that more than that is a success.
+    assert scale == train_rlhf.AS_IT_IS | {"threshold": 0.0, "accuracy": 0.75}
     texts = [row["prompt"] + text for row, text in zip(ROWS, TEXTS)]
     wanted = [(logits_of(folder, text).item() - 2.5) / 4 for text in texts]
     assert reward(ROWS, TEXTS) == pytest.approx(wanted, abs=1e-4)

@@ -1,32 +1,74 @@
-"""The form of the script: it is there to be read, to be edited, and to be imported by siblings."""
+"""The form of the scripts: they are there to be read, to be edited, and to share what they have."""
 
 import ast
+import collections
+import copy
+import difflib
 import dis
 import inspect
 import io
+import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tokenize
+from functools import cache
+from pathlib import Path
 from types import CodeType
 
 import pytest
 
+import make_instructions
+import train_reward_model
 import train_rlhf
+import train_sft
 
 BORDER = "nothing below this line is PPO"
 LENGTH_OF_PPO = 500
-LENGTH = 1702  # 1300 is wanted
-FOR_SIBLINGS = (
-    *("read_settings", "load_tokenizer", "load_base_model", "claim_output", "save_checkpoint"),
-    *("load_checkpoint", "stop_on_signal", "shorten", "blame"),
+LENGTH = 1775  # 1300 is wanted
+SIBLINGS = (train_sft, train_reward_model, make_instructions)
+SCRIPTS = (train_rlhf, *SIBLINGS)
+STAGES = (train_sft, train_reward_model)
+OF_REWARDS = {  # what may speak of PPO and its rewards, and why
+    "load_classifier": "it loads what train_reward_model.py made, and scores texts with it",
+    "silence_libraries": "it names what TRL says of its own classes",
+}
+# What every script has of its own: the steps of its run, which are called alike in all of them.
+ROLES = {"run", "main", "load_model", "tokenize", "fill", "pad_batch"}
+ROLES |= {"announce", "measure", "make_report", "draw", "summarize"}
+MAINS = [f"{module.__name__}.main" for module in SCRIPTS]  # a line each, with constants of its own
+BEFORE_THE_CONSTANTS = {"Library", "missing_quotes"}  # which need them, so that they stand above
+
+
+def imported_from(module, sibling):
+    """Return the names that a script imports from another of ours, by its own statements."""
+    with open(sibling.__file__, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    return {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == module.__name__
+        for alias in node.names
+    }
+
+
+FOR_SIBLINGS = sorted(
+    name
+    for name in set().union(*(imported_from(train_rlhf, sibling) for sibling in SIBLINGS))
+    if not inspect.ismodule(vars(train_rlhf)[name])
 )
 
 
+@pytest.fixture(scope="module", params=SCRIPTS, ids=lambda module: module.__name__)
+def module(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def source(script):
-    return script.read_text(encoding="utf-8")
+def source(module):
+    return Path(module.__file__).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +82,16 @@ def tree(source):
 
 
 @pytest.fixture(scope="module")
-def border(lines):
+def border(script):
     """Return the number of the line that ends what is PPO."""
+    lines = script.read_text(encoding="utf-8").splitlines()
     (number,) = (number for number, line in enumerate(lines, start=1) if BORDER in line)
     return number
 
 
 # ----------------------------------------------------------------------------------- to be read
-def test_the_script_is_no_longer_than_it_has_to_be(lines, border):
+def test_the_script_is_no_longer_than_it_has_to_be(script, border):
+    lines = script.read_text(encoding="utf-8").splitlines()
     assert lines[border - 1].startswith("# ====")
     assert border <= LENGTH_OF_PPO
     assert len(lines) <= LENGTH
@@ -71,13 +115,13 @@ def functions_and_classes(body):
             yield from functions_and_classes(node.body)
 
 
-def test_every_function_and_class_says_in_a_sentence_what_it_is(tree):
+def test_every_function_and_class_says_in_a_sentence_what_it_is(module, tree):
     found = [*functions_and_classes(tree.body)]
-    assert len(found) > 60
+    assert len(found) > (60 if module is train_rlhf else 20)
     for node in found:
         if node.name != "__init__":  # the class says it
             first, _, rest = (ast.get_docstring(node) or "").partition("\n")
-            assert re.fullmatch(r"[A-Z+].*[^.]\.", first), f"{node.name}: {first!r}"
+            assert re.fullmatch(r"([A-Z+]|transformers').*[^.]\.", first), f"{node.name}: {first!r}"
             assert not re.search(r"[.!?] [A-Z]", first), f"{node.name}: {first!r}"
             assert not rest or rest.startswith("\n"), f"{node.name}: no empty line after the first"
 
@@ -103,9 +147,73 @@ def test_nothing_is_handed_on_through_attributes(tree):
                 assert node in set_in_init, f"line {node.lineno}"
 
 
+def own_functions(module):
+    """Return {name: function or class} of those that stand in a script itself."""
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    return {
+        node.name: node
+        for node in functions_and_classes(tree.body)
+        if not (node.name.startswith("__") or node.name == "forward")
+    }
+
+
+class Anonymous(ast.NodeTransformer):
+    """A function without what it calls things: its names by their order, no docstring."""
+
+    def __init__(self):
+        self.names = {}
+
+    def new_name(self, name):
+        return self.names.setdefault(name, f"name_{len(self.names)}")
+
+    def visit_Name(self, node):
+        return ast.Name(self.new_name(node.id), node.ctx)
+
+    def visit_arg(self, node):
+        return ast.arg(self.new_name(node.arg))
+
+    def visit_FunctionDef(self, node):
+        node.name = "function"
+        if ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+        return self.generic_visit(node)
+
+
+def anonymous(node):
+    """Return the code of a function as it would be under any other names."""
+    return ast.unparse(Anonymous().visit(copy.deepcopy(node)))
+
+
+def test_a_function_under_other_names_is_told_as_the_same():
+    one, other, third = (
+        ast.parse(text).body[0]
+        for text in (
+            "def mean(values):\n    'Return it.'\n    total = sum(values)\n    return total",
+            "def average(xs):\n    s = sum(xs)\n    return s",
+            "def first(xs):\n    s = sum(xs)\n    return xs",
+        )
+    )
+    assert anonymous(one) == anonymous(other) != anonymous(third)
+
+
+def test_no_function_or_class_stands_twice():
+    """Neither by its name, nor by what it does under other names, nor nearly so."""
+    places, bodies = collections.defaultdict(list), collections.defaultdict(list)
+    for module in SCRIPTS:
+        for name, node in own_functions(module).items():
+            body = anonymous(node)
+            places[name].append(body)
+            bodies[body].append(f"{module.__name__}.{name}")
+    assert {name for name, found in places.items() if len(found) > 1} == ROLES
+    assert [found for found in bodies.values() if len(found) > 1] == [MAINS]
+    for name in ROLES - {"main"}:
+        for one, other in itertools.combinations(places[name], 2):
+            assert difflib.SequenceMatcher(None, one, other).ratio() < 0.7, name
+
+
 # --------------------------------------------------------------------------------- to be edited
-def test_the_constants_are_plain_literals_each_with_what_it_does(source, lines, tree):
-    names = [name for *_, names in train_rlhf.RULES for name in names.split()]
+def test_the_constants_are_plain_literals_each_with_what_it_does(module, source, lines, tree):
+    names = [name for *_, names in module.RULES for name in names.split()]
     read_line = io.StringIO(source).readline
     comments = {
         token.start[0]: token.string
@@ -118,7 +226,7 @@ def test_the_constants_are_plain_literals_each_with_what_it_does(source, lines, 
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in names:
             (target,) = node.targets
             found.append(target.id)
-            assert getattr(train_rlhf, target.id) == ast.literal_eval(node.value)
+            assert getattr(module, target.id) == ast.literal_eval(node.value)
             assert lines[first - 1].startswith(f"{target.id} = ")
             comment = comments.get(first, "")
             assert re.match(r"# \S", comment) and len(comment) > 15, f"{target.id}: {comment!r}"
@@ -128,12 +236,34 @@ def test_the_constants_are_plain_literals_each_with_what_it_does(source, lines, 
     assert len(set(found)) == len(found)
 
 
-def test_nothing_but_constants_stands_between_them(lines, tree):
-    names = {name for *_, names in train_rlhf.RULES for name in names.split()}
+def test_nothing_but_constants_stands_between_them(module, lines, tree):
+    names = {name for *_, names in module.RULES for name in names.split()}
     first = next(number for number, line in enumerate(lines, start=1) if line.startswith("# --- "))
     last = next(number for number, line in enumerate(lines, start=1) if line.startswith("# -----"))
     between = {ast.unparse(n.targets[0]) for n in tree.body if first < n.lineno < last}
     assert between == names
+
+
+def test_what_a_constant_has_to_be_is_the_same_in_all_scripts():
+    """The same name has the same limits, and the same default where it means the same."""
+    kinds = collections.defaultdict(set)
+    for module in STAGES:
+        for kind, limits, free, names in module.RULES:
+            for name in names.split():
+                kinds[name].add((kind, limits, free))
+    assert {name for name, found in kinds.items() if len(found) > 1} == {"LORA_RANK"}  # 0 = frozen
+    for name in ("LORA_RANK", "LORA_ALPHA", "QUANTIZATION", "DEVICE", "DTYPE", "SEED", "REPORT_TO"):
+        assert len({getattr(module, name) for module in (train_rlhf, *STAGES)}) == 1, name
+
+
+def test_every_constant_of_a_stage_is_read_by_its_code():
+    """As settings.name, or as the argument of that name which a check has."""
+    shared = "".join(inspect.getsource(module) for module in (train_rlhf, train_sft))
+    for module in STAGES:
+        read = set(re.findall(r"settings\.([a-z_]+)", inspect.getsource(module) + shared))
+        for *_, names in module.RULES:
+            for name in names.split():
+                assert name.lower() in read, name
 
 
 # ------------------------------------------------------------------------------- to be imported
@@ -145,15 +275,18 @@ def state():
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     return handlers, sys.excepthook, sorted(pathlib.Path().rglob("*"))
 before = state()
-import train_rlhf
-assert pathlib.Path(train_rlhf.__file__).parent.samefile(".")
+import train_rlhf, train_sft, train_reward_model, make_instructions
+for module in (train_rlhf, train_sft, train_reward_model, make_instructions):
+    assert pathlib.Path(module.__file__).parent.samefile(".")
+assert not {"torch", "transformers", "numpy"} & {*sys.modules}
 assert state() == before
 assert sys.excepthook is sys.__excepthook__
 """
 
 
-def test_importing_the_script_has_no_side_effects(script, tmp_path):
-    (tmp_path / "train_rlhf.py").write_bytes(script.read_bytes())
+def test_importing_the_scripts_has_no_side_effects(tmp_path):
+    for module in SCRIPTS:
+        shutil.copy(module.__file__, tmp_path)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
     command = [sys.executable, "-B", "-c", IMPORT, "--batch-size", "ten"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -190,6 +323,7 @@ def used_by(name):
     return used
 
 
+@cache
 def words_of(thing):
     """Return the words in the names and texts of a function or class, its docstrings left out."""
     tree = ast.parse(inspect.getsource(thing))
@@ -202,12 +336,15 @@ def words_of(thing):
 @pytest.mark.parametrize("name", FOR_SIBLINGS)
 def test_what_siblings_import_knows_nothing_of_ppo(name, border):
     used = used_by(name)
+    settings = {name for *_, names in train_rlhf.RULES for name in names.split()}
     of_ppo = {"ppo", "kl", "reward", "rewards", "advantage", "advantages", "rollout", "policy"}
     for each, thing in used.items():
-        assert not each.isupper(), f"{name} uses the constant {each}: let it be an argument"
+        is_constant = each in settings | {"RULES", "CHECKS"}
+        assert not is_constant, f"{name} uses the constant {each}: let it be an argument"
         is_library = inspect.ismodule(thing)
         if not is_library and getattr(thing, "__module__", None) == train_rlhf.__name__:
-            assert not words_of(thing) & of_ppo, each
+            assert bool(words_of(thing) & of_ppo) == (each in OF_REWARDS), each
             _, line = inspect.getsourcelines(thing)
-            assert line > border, f"{name} uses {each}, which stands among PPO"
+            below = line > border or each in BEFORE_THE_CONSTANTS
+            assert below, f"{name} uses {each}, which stands among PPO"
             assert inspect.getdoc(thing), each

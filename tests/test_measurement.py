@@ -410,7 +410,6 @@ class Trainer:
     """What a report asks of a trainer besides its numbers."""
 
     is_base = False
-    accelerator = SimpleNamespace(device=torch.device("cpu"))
 
     @contextmanager
     def optional_peft_ctx(self):
@@ -433,7 +432,8 @@ def report_of(make_settings, monkeypatch):
 
     def make(before, after, held_out=None, kl=1.0, threshold=0.0):
         trainer = Trainer()
-        backbone = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(1, 1))
+        parts = {"get_input_embeddings": lambda: torch.nn.Embedding(1, 1)}
+        backbone = SimpleNamespace(device=torch.device("cpu"), **parts)
         policy = SimpleNamespace(pretrained_model=backbone)
         scores_of = {"in training": (before, after), "held out": held_out}
 

@@ -158,12 +158,13 @@ def test_prompt_and_response_have_to_fit_into_the_context(demo_model, make_setti
     tokenizer = train_rlhf.load_tokenizer(demo_model)
     tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
     context = json.loads((demo_model / "config.json").read_text())["max_position_embeddings"]
+    assert train_rlhf.context_of(demo_model) == context
     length = len(tokenizer(LONG)["input_ids"])
     short, long = {"prompt": "My cat"}, {"prompt": text}
 
     def fitting(new_tokens, *rows):
         settings = make_settings("--max-new-tokens", str(new_tokens))
-        return train_rlhf.prompts_that_fit(demo_model, tokenizer, list(rows), settings)
+        return train_rlhf.prompts_that_fit(context, tokenizer, list(rows), settings)
 
     assert fitting(context - length, short, long) == [short, long]
     assert fitting(context - length + 1, long, short) == [short]
@@ -401,7 +402,7 @@ def test_a_saved_policy_says_the_same_in_plain_transformers(
     prompts = settings.prompts + settings.eval_prompts
     before = greedy(built.policy.pretrained_model, built.tokenizer, prompts)
     (tmp_path / "saved").mkdir()
-    train_rlhf.save_model(built.policy, built.tokenizer, tmp_path / "saved")
+    train_rlhf.save_model(built.policy.pretrained_model, built.tokenizer, tmp_path / "saved")
 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -417,7 +418,7 @@ def test_the_saved_model_samples_at_the_temperature_it_was_trained_for(
     build, make_settings, tmp_path
 ):
     built = build(make_settings("--temperature", "0.7", "--max-new-tokens", "9"))
-    train_rlhf.save_model(built.policy, built.tokenizer, tmp_path / "saved")
+    train_rlhf.save_model(built.policy.pretrained_model, built.tokenizer, tmp_path / "saved")
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").generation_config
     names = ("do_sample", "temperature", "top_k", "max_new_tokens")
     assert [getattr(config, name) for name in names] == [True, 0.7, 0, 9]
@@ -450,7 +451,7 @@ def test_a_quantized_model_learns_and_is_saved_whole(
     for _ in range(3):
         step(built)
     trained = chances(built.policy.pretrained_model)
-    train_rlhf.save_model(built.policy, built.tokenizer, tmp_path / "saved")
+    train_rlhf.save_model(built.policy.pretrained_model, built.tokenizer, tmp_path / "saved")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert not getattr(model.config, "quantization_config", None)
     saved = chances(model)

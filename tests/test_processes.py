@@ -42,15 +42,16 @@ import torch
 import train_rlhf
 
 rank, failing = os.environ.get("RANK", "0"), os.environ.get("FAILING_CALL")
-calls, save_results, wait = [], train_rlhf.save_results, time.sleep
+calls, make_report, wait = [], train_rlhf.make_report, time.sleep
 if "COUNT_THREADS" in os.environ:
     Path(f"threads-{rank}").write_text(str(torch.get_num_threads()))
     raise ValueError("that is all")
 
 
-def save_results_and_weights(policy, *others):
+def make_report_and_save_weights(trainer, policy, *others):
+    report = make_report(trainer, policy, *others)
     torch.save(train_rlhf.trained_weights(policy), f"weights-{rank}.pt")
-    save_results(policy, *others)
+    return report
 
 
 def wait_until_told(seconds):
@@ -67,7 +68,7 @@ def some_letters(prompts, completions, **kwargs):
     return [len(set(text.lower()) & set("aeinorst")) for text in completions]
 
 
-train_rlhf.save_results = save_results_and_weights
+train_rlhf.make_report = make_report_and_save_weights
 """
 
 

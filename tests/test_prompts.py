@@ -587,10 +587,11 @@ def test_prompts_that_leave_no_room_for_a_response_are_left_out(
     settings = make_settings()
     rows = [{"prompt": "very " * count, "count": count} for count in (1, 246, 247, 300, 2)]
     lengths = [len(query) for query in encode(tokenizer, rows, False)]
-    found = prompts_that_fit(demo_model, tokenizer, rows, settings)
+    context = train_rlhf.context_of(demo_model)
+    found = prompts_that_fit(context, tokenizer, rows, settings)
     assert found == [row for row, length in zip(rows, lengths) if length <= 248]
     assert 248 in lengths and 249 in lengths
-    assert prompts_that_fit(demo_model, tokenizer, [], settings) == []
+    assert prompts_that_fit(context, tokenizer, [], settings) == []
 
 
 @pytest.fixture(scope="module")
