@@ -23,7 +23,7 @@ from train_rlhf import (
     progress, read_rows, save_results, shorten, torch, transformers,
 )
 from train_sft import (
-    announce, check_alone, draw_curves, fit, ratio, read_data, save_with_adapter, text_in,
+    STAGE_RULES, announce, check_alone, draw_curves, fit, ratio, read_data, save_with_adapter, text_in,
 )
 # fmt: on
 # isort: on
@@ -246,7 +246,7 @@ def save_reward_model(model, tokenizer, name, folder):
 
 # ------------------------------------------------------------------------------------ the training
 class ComparisonTrainer:
-    """transformers' Trainer with the loss of Bradley and Terry (1952)."""
+    """The Trainer of transformers with the loss of Bradley and Terry (1952)."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean of -ln P(better text preferred), where P = sigmoid(margin), in nats."""
@@ -378,28 +378,10 @@ The model is beside report.json and training.png. To train on it, and to score t
 
 
 # ------------------------------------------------------------------------------------ the settings
-RULES = [  # what to give for a constant, its limits, whether --resume may change it, and its name
-    ("a text", None, False, "MODEL_NAME DATA"),
-    ("a text", None, True, "OUTPUT_DIR"),
-    ("none, 8bit or 4bit", None, False, "QUANTIZATION"),
-    ("auto, cpu, cuda or mps", None, True, "DEVICE"),
-    ("auto, float32, bfloat16 or float16", None, False, "DTYPE"),
-    ("none or tensorboard", None, True, "REPORT_TO"),
-    ("a list of texts, none empty", 1, False, "LORA_TARGETS"),
+RULES = [
+    *STAGE_RULES,
     ("a list of texts, none empty", 0, True, "SCORE"),
-    ("True or False", None, False, "GROUP_BY_LENGTH"),
-    ("True or False", None, True, "RESUME GRADIENT_CHECKPOINTING"),
-    ("a whole number", (1, 10**6), False, "LORA_ALPHA BATCH_SIZE"),
     ("a whole number", (0, 10**6), False, "LORA_RANK"),
-    ("a whole number", (2, 10**6), False, "MAX_LENGTH"),
-    ("a whole number", (1, 10**6), True, "EVAL_BATCH_SIZE LOG_EVERY"),
-    ("a whole number", (0, 10**6), True, "MINI_BATCH_SIZE EVAL_EVERY SAVE_EVERY"),
-    ("a whole number", (0, 2**32 - 1), False, "SEED"),
-    ("a number", (1e-6, 10**6), False, "TRAINING_EPOCHS"),  # on which the rates depend
-    ("a number", (1e-30, 1e30), False, "LEARNING_RATE"),
-    ("a number", (0, 1e30), True, "MAX_GRAD_NORM"),
-    ("a number", (0.001, 0.9), False, "EVAL_SHARE"),
-    ("a number", (0, 0.9), False, "LORA_DROPOUT WARMUP_SHARE"),
 ]
 
 

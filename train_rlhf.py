@@ -100,7 +100,7 @@ POSITIVE_WORDS = [  # a response with one of these whole words, in any case, sco
 REWARD_LABEL = "POSITIVE"  # of a classifier with several labels: its log-odds are the score
 SCORE_PREFIXES = True  # a token earns what it adds to the score; False = the last gets it all
 SCALE_SAMPLES = 200  # of the base model: its graded scores get mean 0 and deviation 1; 0 = off
-SUCCESS_THRESHOLD = "auto"  # a higher score is a success; auto = only where scores have two values
+SUCCESS_THRESHOLD = "auto"  # a higher score is a success; auto = of rules and reward models alone
 
 # --- Rollout
 TRAINING_EPOCHS = 150  # passes over PROMPTS; 150 over 6 are 900 samples; 0.1 = a tenth of a pass
@@ -1073,7 +1073,7 @@ def blame(name, value, remedy):
         if isinstance(error, SettingsError) or lacks_memory(error):
             raise
         reason = shorten(error if " " in str(error) else repr(error), 200).rstrip(".")
-        problem = f"{name} is {shorten(value)}: it can't be used ({reason}): {remedy}"
+        problem = f"{name} is {shorten(value, 200)}: it can't be used ({reason}): {remedy}"
         raise SettingsError(problem) from error
 
 
@@ -1122,7 +1122,9 @@ def base_of(path):
 
 def context_of(path):
     """Return how many tokens a model takes, infinity where it has no limit."""
-    config = transformers.AutoConfig.from_pretrained(base_of(path), trust_remote_code=False)
+    while path != base_of(path):  # an adapter may be for a model that has one itself
+        path = base_of(path)
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     return getattr(config, "max_position_embeddings", None) or math.inf
 
 
@@ -1247,6 +1249,8 @@ def load_weights(kind, path, new_head=False, **options):
     if lacking:  # transformers would go on with random numbers
         raise ValueError(f"it lacks weights such as {min(lacking)}")
     for module in model.modules():
+        if getattr(module, "source_cls", None) is transformers.pytorch_utils.Conv1D:  # of GPT-2
+            raise ValueError("it could not be saved after QUANTIZATION, give none for that")
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # bitsandbytes would repack for good
     for name, weight in model.named_parameters():

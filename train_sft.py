@@ -561,19 +561,19 @@ The model is beside report.json and training.png, its adapter alone in adapter/.
 
 
 # ------------------------------------------------------------------------------------ the settings
-RULES = [  # what to give for a constant, its limits, whether --resume may change it, and its name
-    ("a text", None, False, "MODEL_NAME DATA TEMPLATE"),
+STAGE_RULES = [  # what to give for a constant, its limits, whether --resume may change it, names
+    ("a text", None, False, "MODEL_NAME DATA"),
     ("a text", None, True, "OUTPUT_DIR"),
     ("none, 8bit or 4bit", None, False, "QUANTIZATION"),
     ("auto, cpu, cuda or mps", None, True, "DEVICE"),
     ("auto, float32, bfloat16 or float16", None, False, "DTYPE"),
     ("none or tensorboard", None, True, "REPORT_TO"),
     ("a list of texts, none empty", 1, False, "LORA_TARGETS"),
-    ("True or False", None, False, "PACKING GROUP_BY_LENGTH"),
+    ("True or False", None, False, "GROUP_BY_LENGTH"),
     ("True or False", None, True, "RESUME GRADIENT_CHECKPOINTING"),
-    ("a whole number", (1, 10**6), False, "LORA_RANK LORA_ALPHA BATCH_SIZE"),
+    ("a whole number", (1, 10**6), False, "LORA_ALPHA BATCH_SIZE"),
     ("a whole number", (2, 10**6), False, "MAX_LENGTH"),
-    ("a whole number", (1, 10**6), True, "EVAL_BATCH_SIZE MAX_NEW_TOKENS LOG_EVERY"),
+    ("a whole number", (1, 10**6), True, "EVAL_BATCH_SIZE LOG_EVERY"),
     ("a whole number", (0, 10**6), True, "MINI_BATCH_SIZE EVAL_EVERY SAVE_EVERY"),
     ("a whole number", (0, 2**32 - 1), False, "SEED"),
     ("a number", (1e-6, 10**6), False, "TRAINING_EPOCHS"),  # on which the rates depend
@@ -581,6 +581,13 @@ RULES = [  # what to give for a constant, its limits, whether --resume may chang
     ("a number", (0, 1e30), True, "MAX_GRAD_NORM"),
     ("a number", (0.001, 0.9), False, "EVAL_SHARE"),
     ("a number", (0, 0.9), False, "LORA_DROPOUT WARMUP_SHARE"),
+]
+RULES = [
+    *STAGE_RULES,
+    ("a text", None, False, "TEMPLATE"),
+    ("True or False", None, False, "PACKING"),
+    ("a whole number", (1, 10**6), False, "LORA_RANK"),
+    ("a whole number", (1, 10**6), True, "MAX_NEW_TOKENS"),
 ]
 
 

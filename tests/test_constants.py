@@ -208,7 +208,7 @@ def test_what_else_may_lack_its_quotes(source, folder, monkeypatch, capsys, text
     path = folder / "edited.py"
     path.write_text(edit(source, text.split()[0], text))
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(path))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(path), raising=False)
     program = compile(path.read_text(), path, "exec")
     with pytest.raises(NameError) as error:
         exec(program, {"__name__": "__main__", "__file__": str(path)})

@@ -12,7 +12,10 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
+import make_instructions
+import train_reward_model
 import train_rlhf
+import train_sft
 from train_rlhf import SettingsError
 
 NAMES = [name for _, _, _, names in train_rlhf.RULES for name in names.split()]
@@ -235,10 +238,13 @@ def test_a_library_is_the_one_of_that_name():
 def test_every_flag_and_constant_that_the_readme_names_exists(script):
     """A section that names a launcher of several processes may name the launcher's flags too."""
     text = (script.parent / "README.md").read_text(encoding="utf-8")
-    flags = {"--help", *(train_rlhf.flag_of(name) for name in NAMES)}
+    scripts = train_rlhf, train_sft, train_reward_model, make_instructions
+    rules = [rule for each in scripts for rule in each.RULES]
+    constants = {name for *_, names in rules for name in names.split()}
+    flags = {"--help", *map(train_rlhf.flag_of, constants)}
     flags |= {
         train_rlhf.flag_of(f"NO_{name}")
-        for kind, _, _, names in train_rlhf.RULES
+        for kind, _, _, names in rules
         if kind == "True or False"
         for name in names.split()
     }
@@ -252,4 +258,4 @@ def test_every_flag_and_constant_that_the_readme_names_exists(script):
         assert given <= flags | theirs
     named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)*)[ `]", text))
     assert named, "the README names no constant"
-    assert named <= {*NAMES, "README"}
+    assert named <= {*constants, "README"}
