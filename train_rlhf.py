@@ -1196,15 +1196,11 @@ def make_policy(model, tokenizer, settings):
 def add_adapter(model, settings, **options):
     """Return the model with a LoRA adapter on the layers that LORA_TARGETS names."""
     targets = settings.lora_targets
-    lora = peft.LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        **options,
-    )
+    options |= {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha}
+    options["target_modules"] = "all-linear" if targets == ["all-linear"] else targets
     torch.manual_seed(settings.seed)  # of the adapter's first values
     with blame("LORA_TARGETS", targets, "name linear layers of this model, or all-linear"):
-        adapted = peft.get_peft_model(model, lora)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
         names = " ".join(f".{name} " for name in adapted.base_model.targeted_module_names)
         unknown = [target for target in targets if f".{target} " not in names]
         if unknown and targets != ["all-linear"]:  # PEFT says so only where no name is known
