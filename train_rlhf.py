@@ -982,10 +982,9 @@ def read_settings(argv, constants, rules, checks):
         count = "*" if "list" in kind else "?"
         alone = True if kind == "True or False" else None
         parser.add_argument(flag_of(name), dest=name, nargs=count, const=alone)
-    parser.set_defaults(**{name: constants.get(name) for name in kinds})
     switches = "|".join(flag_of(name)[2:] for name in kinds if kinds[name][0] == "True or False")
     argv = [re.sub(rf"^--no-({switches})$", r"--\1=false", argument) for argument in argv]
-    given, unknown = parser.parse_known_args(argv)
+    given, unknown = parser.parse_known_args(argv, SimpleNamespace(**constants))
     problems, settings = [], {}
     for text in unknown:
         meant = difflib.get_close_matches(text.partition("=")[0], map(flag_of, kinds), n=2)
