@@ -535,8 +535,7 @@ def make_record(step, texts, scores, stats, scale, rows):
         **stats,
         "distinct": len(set(texts)) / len(texts),
     }
-    not_finite = [name for name in record if not math.isfinite(record[name] or 0)]
-    return record | dict.fromkeys(not_finite)
+    return {name: x if math.isfinite(x or 0) else None for name, x in record.items()}
 
 
 def success_rate(scores, threshold):
