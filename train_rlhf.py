@@ -1555,18 +1555,17 @@ def open_metrics(settings, metrics, total):
 
 def recent(metrics, name):
     """Return the mean of a metric over the last 100 samples, of the steps where it was finite."""
-    first = metrics[-1]["samples"] - 100
-    values = [r[name] for r in metrics[-100:] if r["samples"] > first and r[name] is not None]
+    last = [record for record in metrics[-100:] if record["samples"] > metrics[-1]["samples"] - 100]
+    values = [record[name] for record in last if record[name] is not None]
     return sum(values) / len(values) if values else math.nan
 
 
 def warnings_of(metrics, max_new_tokens):
     """Return what the user should know of the last step."""
     lines, kl, skipped_updates = [], recent(metrics, "kl"), metrics[-1]["skipped_updates"]
-    before = recent(metrics[:-1], "kl") if len(metrics) > 1 else 0.0
     if skipped_updates:
         lines.append(f"updates skipped, since their numbers were not finite: {skipped_updates}")
-    if kl > max_new_tokens and not before > max_new_tokens:  # more than a nat per token, now
+    if kl > max_new_tokens and not recent(metrics[:-1], "kl") > max_new_tokens:  # a nat a token
         lines.append(f"the KL has run away to {kl:.1f} nats: lower TARGET_APPROX_KL, raise KL_COEF")
     scores = [record["score"] for record in metrics]
     if len(scores) == 10 and min(scores) == max(scores):
