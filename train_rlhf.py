@@ -504,9 +504,8 @@ def count_steps(settings, rows):
 
 def set_learning_rate(optimizer, metrics, total_steps, settings, limit=1.5):
     """Set the rate with which the last step would have moved as far as the next one should."""
-    # Nats per token, which suit models of any size, grow with the square of the rate, which ends at
-    # 100 LEARNING_RATE where nothing can be learned. The target falls as a cube to 0: the noise of
-    # the last steps would stay.
+    # Nats per token grow with the square of the rate, which ends at 100 LEARNING_RATE where nothing
+    # can be learned. The target falls as a cube to 0: the noise of the last steps would stay.
     target = settings.target_approx_kl * (1 - len(metrics) / total_steps) ** 3
     approx_kl = metrics[-1]["approx_kl"]
     factor = 0 if approx_kl is None else math.sqrt(target / max(approx_kl, 1e-12))  # None: too much
