@@ -1648,14 +1648,13 @@ def draw(report, base_scores, metrics, path):
     base, trained = report["base"]["train_prompts"], report["trained"]["train_prompts"]
     first = min(100, metrics[-1]["samples"])  # means of fewer samples are noise
     steps = [n for n in range(1, len(metrics) + 1) if metrics[n - 1]["samples"] >= first]
-    score = [recent(metrics[:step], "score") for step in steps]
+    score, kl = ([recent(metrics[:step], name) for step in steps] for name in ("score", "kl"))
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     left.set(title="Learning", xlabel="samples", ylabel="mean score")
     right.set(title="What it costs", xlabel="KL against the base model (nats per response)")
     samples = [metrics[step - 1]["samples"] for step in steps]
-    kl = [recent(metrics[:step], "kl") for step in steps]
     for axes, x in ((left, samples), (right, kl)):
         axes.plot(x, score, ".-", label="mean of the last 100 samples")
         axes.plot(0, base["score"], "ks", label="base model, measured")
