@@ -1581,6 +1581,13 @@ def describe_run(model, settings, metrics):
     """Return what report.json says of a run, whatever was measured."""
     libraries = ("torch", "transformers", "trl", "peft", "accelerate")
     samples, seconds = metrics[-1]["samples"], metrics[-1]["seconds"]
+    memory = None  # the most that was held, in bytes; Windows does not tell that of a process
+    if model.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    elif importlib.util.find_spec("resource"):
+        resource = Library("resource")
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
         "settings": vars(settings),
         "versions": {library: importlib.metadata.version(library) for library in libraries},
@@ -1589,7 +1596,7 @@ def describe_run(model, settings, metrics):
         "samples": samples,
         "seconds": seconds,
         "samples_per_second": samples / seconds,
-        "peak_memory_mb": peak_memory_mb(model.device),
+        "peak_memory_mb": memory and memory / 1e6,
     }
 
 
@@ -1600,17 +1607,6 @@ def device_name(device):
     name = names.get(device.type) or torch.cuda.get_device_name(device)
     processes = accelerate.PartialState().num_processes
     return name if processes == 1 else f"{processes} processes, each {name}"
-
-
-def peak_memory_mb(device):
-    """Return the most memory held so far in MB, 10^6 bytes: the GPU's, else the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    with suppress(ImportError):  # on Windows, which does not tell it: None
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def save_results(report, card, save, draw, folder):
