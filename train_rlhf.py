@@ -1337,8 +1337,7 @@ def read_checkpoint(folder):
 
 def trained_weights(model):
     """Return {name: weight} of what is trained."""
-    named = model.named_parameters()
-    return {name: weight.detach() for name, weight in named if weight.requires_grad}
+    return {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
 
 
 def save_checkpoint(model, optimizer, scaler, settings, metrics, **more):
