@@ -1166,16 +1166,12 @@ def prompts_that_fit(context, tokenizer, rows, settings):
 def make_policy(model, tokenizer, settings):
     """Add a LoRA adapter and a value head to the base model, both float32; set how it samples."""
     # PPO needs the logprobs of the very distribution that is sampled: no top-k, penalty, minimum.
+    sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0}
+    sampling["max_new_tokens"] = settings.max_new_tokens
     own = model.generation_config
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True,
-        temperature=settings.temperature,
-        top_k=0,
-        max_new_tokens=settings.max_new_tokens,
-        bos_token_id=own.bos_token_id,
-        eos_token_id=end_tokens(own.eos_token_id, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    ids = {"bos_token_id": own.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids["eos_token_id"] = end_tokens(own.eos_token_id, tokenizer)
+    model.generation_config = transformers.GenerationConfig(**sampling, **ids)
     if settings.gradient_checkpointing:  # backward computes again what is inside of a layer
         options = {"use_reentrant": False, "preserve_rng_state": False}  # which draws no numbers
         kind = transformers.modeling_layers.GradientCheckpointingLayer
