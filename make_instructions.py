@@ -22,32 +22,16 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+# isort: off
+# fmt: off
 from train_rlhf import (
-    Library,
-    SettingsError,
-    blame,
-    check_installed,
-    check_output,
-    claim_output,
-    context_of,
-    device_name,
-    encode,
-    end_tokens,
-    find_model,
-    join_processes,
-    launch,
-    load_base_model,
-    load_tokenizer,
-    missing_quotes,
-    numpy,
-    pick_device,
-    read_table,
-    shorten,
-    stop_on_signal,
-    texts_of,
-    torch,
-    transformers,
+    Library, SettingsError, blame, check_installed, check_output, claim_output, context_of,
+    device_name, encode, end_tokens, find_model, join_processes, launch, load_base_model,
+    load_tokenizer, missing_quotes, numpy, pick_device, read_table, shorten, stop_on_signal,
+    texts_of, torch, transformers,
 )
+# fmt: on
+# isort: on
 
 if __name__ == "__main__" and "__file__" in globals():  # a script, not a cell of a notebook
     sys.excepthook = missing_quotes
