@@ -342,7 +342,7 @@ def kept(things):
 def read_seed_tasks(seed_tasks):
     """Return the tasks to begin with: those at the end of this file, or the rows of another."""
     if seed_tasks == "auto":
-        return [task_of(row, number) for number, row in enumerate(TASKS, start=1)]
+        return TASKS
     remedy = "give a .jsonl or .json file, its rows with instruction, input and output"
     with blame("SEED_TASKS", seed_tasks, remedy):
         rows = read_table(seed_tasks)
@@ -522,41 +522,33 @@ def main(argv=()):
 
 
 # ------------------------------------------------------------------------------------ seed tasks
-TASKS = [
-    {"instruction": "Rewrite the message so that it sounds polite.",
-     "input": "Send me the keys today.",
-     "output": "Could you please send me the keys today?"},
-    {"instruction": "Decide whether the customer review is positive or negative.",
-     "input": "The kettle broke after two days.",
-     "output": "negative", "is_classification": True},
-    {"instruction": "Give three reasons to walk to work instead of driving.", "input": "",
-     "output": "It costs nothing, it keeps you fit, and it leaves the air clean."},
-    {"instruction": "How many minutes are there in the given number of hours?",
-     "input": "2.5 hours",
-     "output": "150 minutes"},
-    {"instruction": "Name the language in which the sentence is written.",
-     "input": "Der Zug kommt um acht.",
-     "output": "German", "is_classification": True},
-    {"instruction": "Summarize the paragraph in one short sentence.",
-     "input": "The library closes in July for new floors. Books may be kept until August.",
-     "output": "The library is closed in July, and loans last until August."},
-    {"instruction": "Write a Python function that returns the larger of two numbers.", "input": "",
-     "output": "def larger(a, b): return a if a > b else b"},
-    {"instruction": "Does the second statement follow from the first? Answer yes or no.",
-     "input": "All herons have wings. The bird at the pond is a heron, so it has wings.",
-     "output": "yes", "is_classification": True},
-    {"instruction": "List the ingredients that the recipe step mentions.",
-     "input": "Stir the flour into the milk, then add two eggs.",
-     "output": "flour, milk, eggs"},
-    {"instruction": "Explain to a child why the moon seems to change its shape.", "input": "",
-     "output": "The sun lights one half of the moon, and we see more or less of that half."},
-    {"instruction": "Is the email spam, personal or about work?",
-     "input": "The meeting on the budget moves to Tuesday at ten.",
-     "output": "about work", "is_classification": True},
-    {"instruction": "Find the mistake in the sentence and correct it.",
-     "input": "She don't like cold tea.",
-     "output": "She doesn't like cold tea."},
-]  # fmt: skip
+FIELDS = ("instruction", "input", "output", "is_classification")
+TASKS = [dict(zip(FIELDS, task)) for task in (
+    ("Rewrite the message so that it sounds polite.", "Send me the keys today.",
+     "Could you please send me the keys today?", False),
+    ("Decide whether the customer review is positive or negative.",
+     "The kettle broke after two days.", "negative", True),
+    ("Give three reasons to walk to work instead of driving.", "",
+     "It costs nothing, it keeps you fit, and it leaves the air clean.", False),
+    ("How many minutes are there in the given number of hours?", "2.5 hours", "150 minutes", False),
+    ("Name the language in which the sentence is written.", "Der Zug kommt um acht.", "German",
+     True),
+    ("Summarize the paragraph in one short sentence.",
+     "The library closes in July for new floors. Books may be kept until August.",
+     "The library is closed in July, and loans last until August.", False),
+    ("Write a Python function that returns the larger of two numbers.", "",
+     "def larger(a, b): return a if a > b else b", False),
+    ("Does the second statement follow from the first? Answer yes or no.",
+     "All herons have wings. The bird at the pond is a heron, so it has wings.", "yes", True),
+    ("List the ingredients that the recipe step mentions.",
+     "Stir the flour into the milk, then add two eggs.", "flour, milk, eggs", False),
+    ("Explain to a child why the moon seems to change its shape.", "",
+     "The sun lights one half of the moon, and we see more or less of that half.", False),
+    ("Is the email spam, personal or about work?",
+     "The meeting on the budget moves to Tuesday at ten.", "about work", True),
+    ("Find the mistake in the sentence and correct it.", "She don't like cold tea.",
+     "She doesn't like cold tea.", False),
+)]  # fmt: skip
 
 
 if __name__ == "__main__" and "__file__" in globals():
