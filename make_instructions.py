@@ -78,6 +78,7 @@ def run(settings):
     device, dtype = pick_device(settings.device, settings.dtype)
     device = join_processes(device)
     writer = Writer(settings, device, dtype)
+    folder = Path(settings.output_dir)
 
     with claim_output(settings.output_dir, settings.resume):
         records = open_answers(settings, tasks)
@@ -87,7 +88,8 @@ def run(settings):
             with stop_on_signal(True) as stop:
                 for number in range(before + 1, settings.requests + 1):
                     record = answer_request(number, writer, tasks, records, settings)
-                    write_down(record, settings.output_dir)
+                    append(folder / "answers.jsonl", [record])
+                    append(folder / "instructions.jsonl", rows_of(record))
                     records.append(record)
                     show_progress(records, before, time.perf_counter() - start, settings)
                     if stop.requested:
@@ -102,9 +104,9 @@ def run(settings):
                 "requests_in_these_seconds": len(records) - before,
                 "yield": tally(records),
             }
-            new = Path(settings.output_dir, "checkpoint", "new", "report.json")
+            new = folder / "checkpoint" / "new" / "report.json"
             new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            new.replace(new.parents[2] / "report.json")
+            new.replace(folder / "report.json")
             print(summarize(report), flush=True)
         except BaseException as error:
             if records:
@@ -364,13 +366,8 @@ def task_of(row, number):
             wanted = "true or false" if default is False else "a text"
             raise ValueError(f"row {number}: its {name} is {shorten(value)}, not {wanted}")
         task[name] = value.strip() if isinstance(value, str) else value
-    to_line(task).encode()  # an error for half a character
+    json.dumps(task, ensure_ascii=False).encode()  # an error for half a character
     return task
-
-
-def to_line(thing):
-    """Return the line of a .jsonl file."""
-    return json.dumps(thing, ensure_ascii=False) + "\n"
 
 
 def lasting(settings):
@@ -410,11 +407,11 @@ def open_answers(settings, tasks):
     if settings.resume:
         records, whole = read_answers(settings, tasks)
         os.truncate(folder / "answers.jsonl", len(whole))
+        (folder / "instructions.jsonl").unlink(missing_ok=True)
     else:
-        first = {"settings": lasting(settings), "seed_tasks": tasks}
-        (folder / "answers.jsonl").write_text(to_line(first), encoding="utf-8", newline="\n")
-    lines = [to_line(row) for record in records for row in rows_of(record)]
-    (folder / "instructions.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+        append(folder / "answers.jsonl", [{"settings": lasting(settings), "seed_tasks": tasks}])
+    rows = [row for record in records for row in rows_of(record)]
+    append(folder / "instructions.jsonl", rows)
     return records
 
 
@@ -427,12 +424,10 @@ def rows_of(record):
     ]
 
 
-def write_down(record, folder):
-    """Append a request's record to answers.jsonl, and its rows to instructions.jsonl."""
-    both = {"answers.jsonl": [record], "instructions.jsonl": rows_of(record)}
-    for name, things in both.items():
-        with open(Path(folder, name), "a", encoding="utf-8", newline="\n") as file:
-            file.write("".join(map(to_line, things)))
+def append(path, things):
+    """Append things to a .jsonl file, a line each."""
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.write("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in things))
 
 
 # ---------------------------------------------------------------------------- screen and report
