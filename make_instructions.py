@@ -18,7 +18,7 @@ import shlex
 import sys
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -314,24 +314,21 @@ def parse_instances(answer, ended, is_classification):
 
 def judge(instances):
     """Return instances with why each is dropped, None where it is not."""
-    outputs, judged = {}, []
+    outputs, judged = defaultdict(set), []
     for each in instances:
         if each["whole"]:
-            outputs.setdefault(each["input"], set()).add(each["output"])
+            outputs[each["input"]].add(each["output"])
     for each in instances:
         row = {"input": each["input"], "output": each["output"]}
-        fault = None
-        if not each["whole"]:
-            fault = "unfinished"
-        elif not row["output"]:
-            fault = "empty output"
-        elif row["output"].casefold() == row["input"].casefold():
-            fault = "output equals input"
-        elif row["input"] and len(outputs[row["input"]]) > 1:  # none of them can be trusted
-            fault = "same input, another output"
-        elif row | {"dropped": None} in judged:
-            fault = "written twice"
-        judged.append(row | {"dropped": fault})
+        others = outputs[row["input"]] - {row["output"]}
+        faults = {
+            "unfinished": not each["whole"],
+            "empty output": not row["output"],
+            "output equals input": row["output"].casefold() == row["input"].casefold(),
+            "same input, another output": row["input"] and others,  # none of them can be trusted
+            "written twice": row | {"dropped": None} in judged,
+        }
+        judged.append(row | {"dropped": next((name for name in faults if faults[name]), None)})
     return judged
 
 
