@@ -23,7 +23,7 @@ from train_rlhf import (
     progress, read_rows, save_results, shorten, torch, transformers,
 )
 from train_sft import (
-    STAGE_RULES, announce, check_alone, draw_curves, fit, ratio, read_data, save_with_adapter, text_in,
+    STAGE_RULES, announce, check_alone, draw, fit, ratio, read_data, save_with_adapter, text_in,
 )
 # fmt: on
 # isort: on
@@ -329,24 +329,6 @@ def make_report(model, settings, metrics, base, trained):
     learned = trained["accuracy"] - 3 * error > trained["guessing"]
     figures = {"learned": learned, "base": base, "trained": trained}
     return describe_run(model, settings, metrics) | figures
-
-
-def draw(report, metrics, path):
-    """Draw the held-out accuracy, and how far the model's own probabilities can be believed."""
-    from matplotlib.figure import Figure  # here, since it takes a second to load
-
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.set(title="Learning", xlabel="comparisons", ylabel="accuracy")
-    draw_curves(left, report, metrics, "accuracy")
-    left.legend()
-    bins = report["trained"]["calibration"]
-    right.set(title="Calibration", xlabel="how sure it is", ylabel="how often it is right")
-    right.plot([0.5, 1], [0.5, 1], "k", label="as sure as it should be")
-    points = [[each[name] for each in bins] for name in ("predicted", "observed")]
-    right.plot(*points, "o-", label="held-out comparisons")
-    right.legend()
-    figure.savefig(path, dpi=100)
 
 
 def summarize(report):

@@ -504,28 +504,31 @@ def make_report(model, settings, metrics, base, trained):
 
 
 def draw(report, metrics, path):
-    """Draw the loss of the training and the held-out loss."""
+    """Draw loss or accuracy over the examples, and whether the model is as sure as it should be."""
     from matplotlib.figure import Figure  # here, since it takes a second to load
 
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    axes = figure.subplots()
-    axes.set(title="Learning", xlabel="examples", ylabel="loss (nats a token)")
-    draw_curves(axes, report, metrics, "loss")
-    axes.legend()
-    figure.savefig(path, dpi=100)
-
-
-def draw_curves(axes, report, metrics, name):
-    """Draw a figure over the examples: in training, where it is known, and held out."""
+    bins = report["trained"].get("calibration")
+    name, unit = ("accuracy", "share") if bins else ("loss", "nats a token")
+    figure = Figure(figsize=(11 if bins else 7, 4.4), layout="constrained")
+    left, *others = figure.subplots(1, 2 if bins else 1, squeeze=False)[0]
+    left.set(title="Learning", xlabel="examples", ylabel=f"{name} ({unit})")
     if name in metrics[0]:
         recently = [recent(metrics[:step], name) for step in range(1, len(metrics) + 1)]
         samples = [record["samples"] for record in metrics]
-        axes.plot(samples, recently, color="0.7", label="training, the last 100 examples")
+        left.plot(samples, recently, color="0.7", label="training, the last 100 examples")
     held_out = [(0, report["base"][name])]
     held_out += [(each["samples"], each[f"eval_{name}"]) for each in metrics]
     held_out.append((report["samples"], report["trained"][name]))
     held_out = [point for point in held_out if point[1] is not None]
-    axes.plot(*zip(*held_out), "o-", label="held out")
+    left.plot(*zip(*held_out), "o-", label="held out")
+    left.legend()
+    for right in others:
+        right.set(title="Calibration", xlabel="how sure it is", ylabel="how often it is right")
+        right.plot([0.5, 1], [0.5, 1], "k", label="as sure as it should be")
+        points = [[each[name] for each in bins] for name in ("predicted", "observed")]
+        right.plot(*points, "o-", label="held-out comparisons")
+        right.legend()
+    figure.savefig(path, dpi=100)
 
 
 def summarize(report, folder):
