@@ -344,17 +344,13 @@ def fit(kind, model, examples, collate, measured, settings, rules, files):
 
 def order_of(examples, total, settings):
     """Return the places of the run's examples; every epoch has each once, in an order of its own."""
-    lengths = [len(example["input_ids"]) for example in examples]
-    order, epoch = [], 0
-    while len(order) < total * settings.batch_size:
+    grouped = transformers.trainer_pt_utils.get_length_grouped_indices
+    lengths = [len(each["input_ids"]) * settings.group_by_length for each in examples]  # 0: alike
+    order, size = [], settings.batch_size
+    for epoch in range(math.ceil(total * size / len(examples))):
         drawn = torch.Generator().manual_seed(settings.seed * 10**6 + epoch)
-        if settings.group_by_length:
-            grouped = transformers.trainer_pt_utils.get_length_grouped_indices
-            order += grouped(lengths, settings.batch_size, generator=drawn)
-        else:
-            order += torch.randperm(len(lengths), generator=drawn).tolist()
-        epoch += 1
-    return order[: total * settings.batch_size]
+        order += grouped(lengths, size, generator=drawn)
+    return order[: total * size]
 
 
 class Recorder:
