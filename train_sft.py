@@ -285,7 +285,7 @@ def fit(kind, model, examples, collate, measured, settings, rules, files):
     base = base or measured()
     done, batch_size = len(metrics), settings.batch_size
     # The order of the whole run is known, so that it can go on anywhere.
-    order = order_of(examples, total, settings)[done * batch_size :]
+    rest = [examples[place] for place in order_of(examples, total, settings)[done * batch_size :]]
     mini_batch_size = settings.mini_batch_size or batch_size
     arguments = transformers.TrainingArguments(
         output_dir=settings.output_dir,
@@ -309,17 +309,10 @@ def fit(kind, model, examples, collate, measured, settings, rules, files):
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # it would spread a batch over all of them
     warmup = round(settings.warmup_share * total)
-    schedule = transformers.get_cosine_schedule_with_warmup(
-        optimizer, warmup, total, last_epoch=done - 1
-    )
+    cosine = transformers.get_cosine_schedule_with_warmup
+    schedule = cosine(optimizer, warmup, total, last_epoch=done - 1)
     used_cache = getattr(model.config, "use_cache", None)
-    trainer = kind(
-        model,
-        arguments,
-        collate,
-        [examples[place] for place in order],
-        optimizers=(optimizer, schedule),
-    )
+    trainer = kind(model, arguments, collate, rest, optimizers=(optimizer, schedule))
     scaler = trainer.accelerator.scaler
     if settings.resume and scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
