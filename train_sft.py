@@ -208,8 +208,12 @@ def tokenize(tokenizer, rows, length, left_out):
         raise ValueError("its tokenizer does not tell where its tokens are")
     examples, kept = [], []
     for row in rows:
-        text, spans = conversation(tokenizer, row["messages"]) if "messages" in row else plain(row)
         whole = "messages" not in row  # a template has its own start and end
+        if whole:
+            text = row["prompt"] + row["answer"]
+            spans = [(len(row["prompt"]), len(text))]
+        else:
+            text, spans = conversation(tokenizer, row["messages"])
         encoded = tokenizer(text, add_special_tokens=whole, return_offsets_mapping=True)
         ids, labels = encoded["input_ids"], []
         for token, (_, end) in zip(ids, encoded["offset_mapping"]):
@@ -230,28 +234,18 @@ def tokenize(tokenizer, rows, length, left_out):
     return examples, kept
 
 
-def plain(row):
-    """Return the text of a row, and where its answer begins and ends."""
-    text = row["prompt"] + row["answer"]
-    return text, [(len(row["prompt"]), len(text))]
-
-
 def conversation(tokenizer, messages):
     """Return a conversation in the tokenizer's template, and where its answers begin and end."""
-    text, spans = apply_template(tokenizer, messages), []
+    say, spans = partial(tokenizer.apply_chat_template, tokenize=False), []
+    text = say(messages)
     for number in range(1, len(messages)):
         if messages[number]["role"] == "assistant":
-            before = apply_template(tokenizer, messages[:number], add_generation_prompt=True)
-            after = apply_template(tokenizer, messages[: number + 1]).rstrip()
+            before = say(messages[:number], add_generation_prompt=True)
+            after = say(messages[: number + 1]).rstrip()
             if not (after.startswith(before) and text.startswith(after)):
                 raise ValueError("its chat template changes what came before an answer")
             spans.append((len(before), len(after)))
     return text, spans
-
-
-def apply_template(tokenizer, messages, **options):
-    """Return messages as a text."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
 def make_collator(model, tokenizer, packing):
