@@ -159,22 +159,19 @@ def read_example(template, row, left_out):
     if "messages" in row:
         if not isinstance(row["messages"], list) or len(row["messages"]) < 2:
             raise ValueError(f"its messages are {shorten(row['messages'])}: no conversation")
-        turns = [
-            {name: text_in(turn, name) for name in ("role", "content")} for turn in row["messages"]
-        ]
+        names = ("role", "content")
+        turns = [{name: text_in(turn, name) for name in names} for turn in row["messages"]]
         said = [n for n in range(1, len(turns)) if turns[n]["role"] == "assistant"]
         if not said or not turns[said[-1]]["content"].strip():
             return None
         return {"messages": turns, "shown": turns[said[0] - 1]["content"]}
-    if "instruction" in row or "prompt" in row:
-        asked, answered = (
-            ("instruction", "output") if "instruction" in row else ("prompt", "completion")
-        )
+    names = ("instruction", "output") if "instruction" in row else ("prompt", "completion")
+    if names[0] in row:
         given = text_in(row, "input").strip() if row.get("input") else ""
         if re.sub(r"\W", "", given).lower() == "noinput":
             given = ""
             left_out['inputs that say "noinput"'] += 1
-        instruction, answer = text_in(row, asked), text_in(row, answered)
+        instruction, answer = (text_in(row, name) for name in names)
         prompt, shown = fill(template, instruction, given), f"{instruction} {given}".strip()
     else:
         prompt, answer = "", text_in(row, "text")
