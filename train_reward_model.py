@@ -95,7 +95,7 @@ def run(settings):
         names = ("score_mean", "score_std", "score_accuracy")  # which train_rlhf.py reads
         model.config.update({name: trained[name.replace("score_acc", "acc")] for name in names})
         report = make_report(model, settings, metrics, base, trained)
-        save = partial(save_reward_model, model, tokenizer, settings.model_name)
+        save = partial(save_with_adapter, model, tokenizer, settings.model_name)
         picture = partial(draw, report, metrics)
         save_results(report, summarize(report), save, picture, settings.output_dir)
         print(summarize(report), flush=True)
@@ -233,15 +233,6 @@ def load_model(settings, device, dtype):
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name.split(".")[0] in heads
     return model, tokenizer
-
-
-def save_reward_model(model, tokenizer, name, folder):
-    """Save the model with its adapter merged in, and beside it the adapter alone."""
-    if hasattr(model, "peft_config"):
-        save_with_adapter(model, tokenizer, name, folder)
-        return
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------ the training

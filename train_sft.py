@@ -465,7 +465,11 @@ def chat_template_of(tokenizer, rows, template):
 
 
 def save_with_adapter(model, tokenizer, name, folder):
-    """Save the model with its adapter merged in, and beside it the adapter alone."""
+    """Save the model with its adapter merged in, and beside it the adapter alone, if it has one."""
+    if not hasattr(model, "peft_config"):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return
     adapter = Path(folder, "adapter")
     model.peft_config["default"].base_model_name_or_path = name
     model.save_pretrained(adapter, save_embedding_layers=False)
