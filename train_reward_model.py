@@ -270,9 +270,8 @@ def measure(model, tokenizer, examples, size, whole=True):
     margins = torch.tensor(margins, dtype=torch.float64)
     right = (margins.sign() + 1) / 2  # a tie is a half
     rows = torch.tensor([example["row"] for example in examples])
-    groups = torch.zeros(2, int(rows.max()) + 1, dtype=torch.float64)
-    sums = groups.index_add(1, rows, torch.stack([right, torch.ones_like(right)]))
-    accuracy, error = ratio(*sums[:, sums[1] > 0].tolist())  # comparisons of a row go together
+    sums, counts = rows.bincount(right).tolist(), rows.bincount().tolist()
+    accuracy, error = ratio(sums, counts)  # comparisons of a row go together
     loss = torch.nn.functional.softplus(-margins).mean().item()
     if not whole:
         return {"loss": loss, "accuracy": accuracy}
@@ -301,14 +300,10 @@ def calibration(margins, right, bins=5):
     sure = torch.sigmoid(margins.abs())
     places = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     found = []
-    for place in range(bins):
-        chosen = places == place
-        if chosen.any():
-            figures = {
-                "predicted": sure[chosen].mean().item(),
-                "observed": right[chosen].mean().item(),
-            }
-            found.append(figures | {"comparisons": int(chosen.sum())})
+    for place in places.unique():
+        predicted, observed = sure[places == place], right[places == place]
+        figures = {"predicted": predicted.mean().item(), "observed": observed.mean().item()}
+        found.append(figures | {"comparisons": len(predicted)})
     return found
 
 
