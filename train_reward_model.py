@@ -104,9 +104,8 @@ def run(settings):
 def show_scores(settings, device):
     """Print the scores of given texts by the model in OUTPUT_DIR, as PPO would get them."""
     rows = read_rows("SCORE", settings.score, "auto")
-    score, _ = load_classifier(
-        "OUTPUT_DIR", settings.output_dir, "", settings.eval_batch_size, device
-    )
+    size = settings.eval_batch_size
+    score, _ = load_classifier("OUTPUT_DIR", settings.output_dir, "", size, device)
     texts = [said_before(row) for row in rows]
     for text, number in zip(texts, score([""] * len(texts), texts)):
         print(f"{number:+8.3f}  {shorten(text)}", flush=True)
@@ -184,10 +183,10 @@ def tokenize(tokenizer, pairs):
     examples = []
     for number, *texts in pairs:
         given = [(text, sign) for text, sign in zip(texts, (1.0, -1.0)) if text is not None]
-        ids = [tokenizer(text, truncation=True)["input_ids"] for text, _ in given]
-        example = {"row": number, "texts": [text for text, _ in given], "sequences": ids}
-        example |= {"signs": [sign for _, sign in given], "input_ids": max(ids, key=len)}
-        examples.append(example)
+        texts, signs = zip(*given)
+        ids = [tokenizer(text, truncation=True)["input_ids"] for text in texts]
+        example = {"row": number, "texts": texts, "signs": signs, "sequences": ids}
+        examples.append(example | {"input_ids": max(ids, key=len)})
     return examples
 
 
@@ -210,9 +209,8 @@ def load_model(settings, device, dtype):
         path = find_model("MODEL_NAME", settings.model_name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(base_of(path))
         model = load_base_model(path, device, dtype, settings.quantization, **options)
-        tokenizer.model_max_length = min(
-            settings.max_length, tokenizer.model_max_length, context_of(path)
-        )
+        limits = settings.max_length, tokenizer.model_max_length, context_of(path)
+        tokenizer.model_max_length = min(limits)
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"  # an answer is the end
     own = (None, tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
     if tokenizer.pad_token in own:  # the score is read where the last token stands that is no pad
