@@ -22,7 +22,7 @@ from pathlib import Path
 # isort: off
 # fmt: off
 from train_rlhf import (
-    RunError, SettingsError, add_adapter, blame, check_batches, check_installed, check_output,
+    SettingsError, add_adapter, blame, check_batches, check_installed, check_output,
     check_resume, claim_output, context_of, count_steps, describe_run, device_name, end_tokens,
     find_model, give_up_on_bad_numbers, hash_files, join_processes, joined, launch,
     load_base_model, load_checkpoint, load_tokenizer, missing_quotes, numpy, open_metrics,
@@ -309,20 +309,14 @@ def fit(kind, model, examples, collate, measured, settings, rules, files):
         scaler.load_state_dict(state["scaler"])
     save = partial(save_checkpoint, model, optimizer, scaler, settings, metrics)
     save = partial(save, base=base, files=files)
-    try:
-        with stop_on_signal(True) as stop, open_metrics(settings, metrics, total) as show:
-            recorder = joined(Recorder, transformers.TrainerCallback)
-            parts = trainer, settings, metrics, len(examples), total, measured, show, save, stop
-            trainer.add_callback(recorder(*parts))
-            trainer.remove_callback(transformers.PrinterCallback)
-            if done < total:
-                trainer.train()
-    except RunError:
-        if metrics and not metrics[-1]["skipped_updates"]:
-            save()  # the steps before it are worth keeping
-        raise
-    finally:
-        model.config.use_cache = used_cache  # Trainer would have it saved with the model
+    with stop_on_signal(True) as stop, open_metrics(settings, metrics, total) as show:
+        recorder = joined(Recorder, transformers.TrainerCallback)
+        parts = trainer, settings, metrics, len(examples), total, measured, show, save, stop
+        trainer.add_callback(recorder(*parts))
+        trainer.remove_callback(transformers.PrinterCallback)
+        if done < total:
+            trainer.train()
+    model.config.use_cache = used_cache  # Trainer would have it saved with the model
     return metrics, base
 
 
