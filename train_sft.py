@@ -287,13 +287,11 @@ def fit(kind, model, examples, collate, measured, settings, rules, files):
         max_grad_norm=settings.max_grad_norm,
         activation_checkpointing=settings.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        use_cache=False,
         use_cpu=model.device.type == "cpu",
         fp16=model.dtype == torch.float16,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",  # its checkpoints are torn by a kill; ours are not
-        report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
