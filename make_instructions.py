@@ -21,6 +21,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 # isort: off
 # fmt: off
@@ -197,13 +198,12 @@ class Writer:
         queries = encode(self.tokenizer, [{"prompt": prompt} for prompt in prompts], False)
         answers = []
         for start in range(0, len(queries), self.batch_size):
-            some = queries[start : start + self.batch_size]
-            inputs = {"input_ids": some}
-            inputs = self.tokenizer.pad(inputs, padding_side="left", return_tensors="pt")
+            some = {"input_ids": queries[start : start + self.batch_size]}
+            inputs = self.tokenizer.pad(some, padding_side="left", return_tensors="pt")
             width = inputs["input_ids"].shape[1]
             with torch.no_grad():
                 sequences = self.model.generate(**inputs.to(self.model.device), **options)
-            for query, row in zip(some, sequences[:, width:].cpu()):
+            for query, row in zip(some["input_ids"], sequences[:, width:].cpu()):
                 (text,) = texts_of(self.tokenizer, query, [row])
                 ended = stop in text or bool(torch.isin(row, end_ids).any())
                 answers.append((text.partition(stop)[0], ended))
@@ -263,19 +263,15 @@ def parse_list(answer, ended):
     return found
 
 
-class WordTokenizer:
-    """What rouge_score takes in place of its own tokenizer, which drops all that is not ASCII."""
-
-    def tokenize(self, text):
-        """Return the words, in any script; a character of Chinese or Japanese counts as a word."""
-        text = unicodedata.normalize("NFC", text).casefold()
-        return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text)
+def words_of(text):
+    """Return the words, in any script; a character of Chinese or Japanese counts as a word."""
+    text = unicodedata.normalize("NFC", text).casefold()
+    return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text)
 
 
 def fault_of(instruction, whole, known, writer, settings):
     """Return why an instruction is dropped, None where it is not."""
-    tokenizer = WordTokenizer()
-    length = len(tokenizer.tokenize(instruction))
+    length = len(words_of(instruction))
     words = "|".join(re.escape(word.strip()) for word in settings.unanswerable)
     bare = [kind_prompt(instruction, []), instance_prompt(instruction, False, [])]
     if not whole:
@@ -288,7 +284,8 @@ def fault_of(instruction, whole, known, writer, settings):
         return "too long"
     if words and re.search(rf"(?<!\w)({words})(?!\w)", instruction, re.IGNORECASE):
         return "needs more than text"
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False, tokenizer=tokenizer)
+    tokenizer = SimpleNamespace(tokenize=words_of)  # rouge_score's own drops all that is not ASCII
+    scorer = rouge_scorer.RougeScorer(["rougeL"], tokenizer=tokenizer)
     scores = (scorer.score(text, instruction)["rougeL"].fmeasure for text in known)
     return "similar to another" if any(score >= settings.rouge_limit for score in scores) else None
 
