@@ -87,7 +87,7 @@ def run(settings):
 
     with claim_output(settings.output_dir, settings.resume):
         told = f"{len(rows)} rows with {len(examples)} comparisons, {len(eval_rows)} rows held out"
-        announce(model, settings, dtype, len(examples), told, left_out)
+        announce(model, settings, dtype, examples, told, left_out)
         kind = joined(ComparisonTrainer, transformers.Trainer)
         collate = partial(pad_batch, tokenizer)
         metrics, base = fit(kind, model, examples, collate, measured, settings, RULES, files)
@@ -324,7 +324,7 @@ def summarize(report):
         lines.append(f"| {name} | {base[name]:.3f} | {trained[name]:.3f} |")
     where = f"{report['samples']} comparisons in {report['seconds']:.0f} seconds"
     lines += ["", f"{where} on {report['device']}, seed {settings['seed']}.", ""]
-    lines.append("The held-out texts that score highest and lowest:\n")
+    lines += ["The held-out texts that score highest and lowest:", ""]
     for text, score in trained["first_sample"].items():
         lines.append(f"    {score:+6.2f}  {shorten(' '.join(text.split()))}")
     advice = ""

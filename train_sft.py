@@ -106,7 +106,7 @@ def run(settings):
 
     with claim_output(settings.output_dir, settings.resume):
         told = f"{len(rows)} rows to train on, {len(eval_rows)} held out"
-        announce(model, settings, dtype, len(rows), told, left_out)
+        announce(model, settings, dtype, examples, told, left_out)
         kind = transformers.Trainer
         metrics, base = fit(kind, model, examples, collate, measured, settings, RULES, files)
         trained = measured()
@@ -426,11 +426,11 @@ def answers(model, tokenizer, examples, rows, settings):
 
 
 # ------------------------------------------------------------------------------- screen and report
-def announce(model, settings, dtype, count, told, left_out):
-    """Print what is going to happen with so many examples."""
+def announce(model, settings, dtype, examples, told, left_out):
+    """Print what is going to happen."""
     total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     left = "".join(f", {number} {reason}" for reason, number in left_out.items() if number)
-    steps = math.ceil(settings.training_epochs * count / settings.batch_size)
+    steps = count_steps(settings, examples)
     print(f"Model     {settings.model_name}, {total:,} parameters, {trained:,} of them trained")
     print(f"Device    {device_name(model.device)}, {dtype} weights")
     print(f"Data      {settings.data}: {told}{left}")
@@ -517,10 +517,9 @@ def summarize(report, folder):
     where = f"{report['samples']} examples in {report['seconds']:.0f} seconds on {report['device']}"
     lines += ["", f"{where}, seed {settings['seed']}. Answers to held-out prompts:", ""]
     for prompt, before in base["first_sample"].items():
-        texts = [
-            " ".join(text.split()) for text in (prompt, before, trained["first_sample"][prompt])
-        ]
-        lines.append("    {}\n        before  {}\n        after   {}".format(*map(shorten, texts)))
+        texts = prompt, before, trained["first_sample"][prompt]
+        texts = [shorten(" ".join(text.split())) for text in texts]
+        lines.append("    {}\n        before  {}\n        after   {}".format(*texts))
     advice = ""
     if not report["learned"]:
         advice = "\nBeyond chance this run did not learn: raise TRAINING_EPOCHS or LEARNING_RATE."
