@@ -112,7 +112,11 @@ def run(settings):
         trained = measured()
         tokenizer.padding_side = "left"  # as generation needs it
         tokenizer.chat_template = chat_template_of(tokenizer, rows, settings.template)
-        report = make_report(model, settings, metrics, base, trained)
+        falls = [before - after for before, after in zip(base.pop("nats"), trained.pop("nats"))]
+        fall, error = ratio(falls, trained.pop("counts"))
+        del base["counts"]
+        report = describe_run(model, settings, metrics) | {"base": base, "trained": trained}
+        report["learned"] = fall > 3 * error
         report["chat"] = any(row.get("prompt") or "messages" in row for row in rows)
         save = partial(save_with_adapter, model, tokenizer, settings.model_name)
         picture = partial(draw, report, metrics)
@@ -467,16 +471,6 @@ def save_with_adapter(model, tokenizer, name, folder):
     model.save_pretrained(adapter, save_embedding_layers=False)
     tokenizer.save_pretrained(adapter)
     save_model(model, tokenizer, folder)
-
-
-def make_report(model, settings, metrics, base, trained):
-    """Return the content of report.json."""
-    falls = [before - after for before, after in zip(base["nats"], trained["nats"])]
-    fall, error = ratio(falls, trained["counts"])
-    figures = {"base": base, "trained": trained}
-    for name, each in figures.items():
-        figures[name] = {key: each[key] for key in each if key not in ("nats", "counts")}
-    return describe_run(model, settings, metrics) | {"learned": fall > 3 * error} | figures
 
 
 def draw(report, metrics, path):
