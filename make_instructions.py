@@ -203,7 +203,7 @@ class Writer:
             width = inputs["input_ids"].shape[1]
             with torch.no_grad():
                 sequences = self.model.generate(**inputs.to(self.model.device), **options)
-            for query, row in zip(some["input_ids"], sequences[:, width:].cpu()):
+            for query, row in zip(queries[start:], sequences[:, width:].cpu()):
                 (text,) = texts_of(self.tokenizer, query, [row])
                 ended = stop in text or bool(torch.isin(row, end_ids).any())
                 answers.append((text.partition(stop)[0], ended))

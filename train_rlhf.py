@@ -1070,7 +1070,7 @@ def blame(name, value, remedy):
         if isinstance(error, SettingsError) or lacks_memory(error):
             raise
         reason = shorten(error if " " in str(error) else repr(error), 200).rstrip(".")
-        problem = f"{name} is {shorten(value, 200)}: it can't be used ({reason}): {remedy}"
+        problem = f"{name} is {shorten(value)}: it can't be used ({reason}): {remedy}"
         raise SettingsError(problem) from error
 
 

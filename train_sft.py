@@ -469,6 +469,7 @@ def save_with_adapter(model, tokenizer, name, folder):
     adapter = Path(folder, "adapter")
     model.peft_config["default"].base_model_name_or_path = name
     model.save_pretrained(adapter, save_embedding_layers=False)
+    (adapter / "README.md").unlink()  # an empty form
     tokenizer.save_pretrained(adapter)
     save_model(model, tokenizer, folder)
 

@@ -86,7 +86,7 @@ class ForkDriver:
         signals=(),
         seconds=None,
         death=None,
-        quick=False,
+        quick=True,
         **environment,
     ):
         """Start a script's main with the flags, and so many variables of environment more.

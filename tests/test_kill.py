@@ -33,7 +33,7 @@ def start_run(run_script, gpt2, tmp_path_factory):
     flags = ["--model-name", gpt2, "--reward", f"{folder}/reward.py:some_letters", *FLAGS.split()]
 
     def start(output, *more, **kill):
-        return run_script(folder, *flags, "--output-dir", output, *more, quick=True, **kill)
+        return run_script(folder, *flags, "--output-dir", output, *more, **kill)
 
     return start
 

@@ -136,7 +136,7 @@ def peak_memory(run_script, llama, tmp_path_factory):
         flags += ["--ppo-epochs", 1, "--target-approx-kl", 0]
         flags += ["--reward", "reward.py:give_back_memory"]
         (folder / "reward.py").write_text(GIVES_BACK_MEMORY)
-        ended = run_script(folder, *flags, *SHORT, quick=True)
+        ended = run_script(folder, *flags, *SHORT)
         assert ended.status == 0, ended.stderr
         report = json.loads((folder / "out" / "report.json").read_text())
         assert report["samples"] == batch_size
@@ -174,7 +174,7 @@ def test_memory_does_not_grow_from_step_to_step(run_script, llama, tmp_path):
     flags += ["--ppo-epochs", "1", "--target-approx-kl", "0"]
     flags += ["--training-epochs", 200 * 4 / len(PROMPTS), "--max-new-tokens", "4"]
     flags += ["--mini-batch-size", "2", "--no-score-prefixes", "--prompts", *PROMPTS]
-    ended = run_script(tmp_path, *flags, *SHORT, quick=True)
+    ended = run_script(tmp_path, *flags, *SHORT)
     assert ended.status == 0, ended.stderr
     sizes = [int(line) / 1e3 for line in (tmp_path / "resident").read_text().split()]
     assert len(sizes) == 1 + 200 + 2  # it is tried, and asked in each step and measurement

@@ -104,7 +104,7 @@ def start(start_script, flags):
         for rank in range(count):
             own = variables(port, rank) if count > 1 else {}
             sent = signals if rank == signalled % count else ()
-            options = own | environment | {"signals": sent, "quick": True}
+            options = own | environment | {"signals": sent}
             children.append(start_script(folder, *flags, *more, **options))
         return children
 

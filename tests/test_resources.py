@@ -161,7 +161,7 @@ def test_a_disk_that_is_full_from_the_start(call_main, fail, demo_model, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("function", "size"), [("save_model", 3_000_000), ("summarize", 2_000), ("draw", 20_000)]
+    ("function", "size"), [("save_model", 3_000_000), ("summarize", 2_000), ("draw", 2_000)]
 )
 def test_a_disk_that_is_full_in_the_end_leaves_an_earlier_model_as_it_was(
     call_main, fail, demo_model, tmp_path, capsys, function, size

@@ -246,9 +246,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_row_is_named_and_nothing_is_made(case, call, tmp_path):
     rows, problem = BAD[case]
-    path = write(tmp_path / "rows.json", ROWS[:1] + rows)
-    told = call("--data", path)
-    assert f"DATA is {path}: it can't be used ({problem}" in told
+    write(tmp_path / "rows.json", ROWS[:1] + rows)
+    told = call("--data", "rows.json")  # in whose folder it is called
+    assert f"DATA is rows.json: it can't be used ({problem}" in told
     assert "give rows with instruction and output, prompt and completion, messages" in told
     assert [each.name for each in tmp_path.iterdir()] == ["rows.json"]
 
