@@ -71,8 +71,8 @@ REPORT_TO = "none"  # tensorboard = the metrics there too (pip install it); none
 # ----------------------------------------------------------------------------------------- the run
 def run(settings):
     """Do the whole run: read, tokenize, measure, train, measure again, save, show."""
-    kind, dtype = pick_device(settings.device, settings.dtype)
-    device = join_processes(kind)
+    device, dtype = pick_device(settings.device, settings.dtype)
+    device = join_processes(device)
     if settings.score:
         show_scores(settings, device)
         return

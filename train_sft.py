@@ -87,8 +87,8 @@ def run(settings):
     files = hash_files([settings.data])
     if settings.resume:  # look before anything is loaded
         check_resume(settings, RULES, count_steps(settings, rows), files)
-    kind, dtype = pick_device(settings.device, settings.dtype)
-    device = join_processes(kind)
+    device, dtype = pick_device(settings.device, settings.dtype)
+    device = join_processes(device)
     remedy = "name a causal language model with config.json, *.safetensors and a tokenizer"
     with blame("MODEL_NAME", settings.model_name, remedy):
         path = find_model("MODEL_NAME", settings.model_name)
@@ -309,8 +309,8 @@ def fit(kind, model, examples, collate, measured, settings, rules, files):
     scaler = trainer.accelerator.scaler
     if settings.resume and scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    save = partial(save_checkpoint, model, optimizer, scaler, settings, metrics)
-    save = partial(save, base=base, files=files)
+    learner = model, optimizer, scaler
+    save = partial(save_checkpoint, *learner, settings, metrics, base=base, files=files)
     with stop_on_signal(True) as stop, open_metrics(settings, metrics, total) as show:
         recorder = joined(Recorder, transformers.TrainerCallback)
         parts = trainer, settings, metrics, len(examples), total, measured, show, save, stop
