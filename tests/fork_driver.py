@@ -86,7 +86,6 @@ class ForkDriver:
         signals=(),
         seconds=None,
         death=None,
-        quick=True,
         **environment,
     ):
         """Start a script's main with the flags, and so many variables of environment more.
@@ -95,13 +94,13 @@ class ForkDriver:
         signals: (step, number) pairs, sent when the step is taken but not yet noted.
         seconds: the processor time after which the kernel kills it.
         death: a note, how often it has come when death does, and the size of a file beyond which
-        it comes, or None = at once. quick: training.png is smaller, with overlapping labels.
+        it comes, or None = at once.
         """
         self.runs += 1
         place = self.folder / str(self.runs)
         place.mkdir()
         order = {"cwd": str(folder), "flags": [*map(str, flags)], "environment": environment}
-        order |= {"signals": list(signals), "seconds": seconds, "death": death, "quick": quick}
+        order |= {"signals": list(signals), "seconds": seconds, "death": death}
         order["script"] = str(script)
         return Child(self, place, self.ask(start=order, place=str(place)))
 
@@ -229,16 +228,6 @@ def run_copy(order, notes):
     runpy.run_path(order["script"], run_name="__main__")
 
 
-def quicker(savefig):
-    """Return a way to draw a figure that is quick, with overlapping labels."""
-
-    def draw(figure, path, dpi):
-        figure.set_layout_engine("none")
-        savefig(figure, path, dpi=30)
-
-    return draw
-
-
 def prepare(order, notes):
     """Note each phase, and each file in OUTPUT_DIR that is written, moved or removed; die in time.
 
@@ -303,10 +292,6 @@ def prepare(order, notes):
         for module in {script, train_sft} if script is not train_rlhf else {script}:
             if name in vars(module):
                 setattr(module, name, watch(getattr(module, name), *phases))
-    if order["quick"]:  # placing the labels would take as long as a short run
-        from matplotlib.figure import Figure
-
-        Figure.savefig = quicker(Figure.savefig)
 
     enter("loading")
     sys.addaudithook(audit)

@@ -167,6 +167,9 @@ def test_a_run_killed_at_any_time_goes_on_as_if_untouched(start_run, undisturbed
     moments = [(i + chance.random()) / KILLS for i in range(KILLS)]
     chance.shuffle(moments)
     moments.append(moments.pop(moments.index(min(moments))))  # surely before a checkpoint
+    of_50 = {"loading": 3, "training": 8, "measuring": 2, "results": 5}
+    least = {phase: count * KILLS // 50 for phase, count in of_50.items()}
+    least_refused = max(1, 3 * KILLS // 50)
     refused, pace = 0, 1.0  # of the machine, by the last run that came to its end
     for number in range(3 * KILLS):
         output, kills, again = tmp_path / str(number) / "trained_model", 0, True
@@ -188,16 +191,18 @@ def test_a_run_killed_at_any_time_goes_on_as_if_untouched(start_run, undisturbed
             seconds = seconds_left(output, undisturbed)
             pace = finish(start_run, output, undisturbed).seconds / seconds
         kills_of_runs[kills] += 1
-        if not moments:
+        enough = all(phases[phase] >= count for phase, count in least.items())
+        if not moments and enough and refused >= least_refused:
             break
+        # How long a phase takes is the machine's, so more moments come until each had its share.
+        moments = moments or [chance.random()]
     with capsys.disabled():
-        print(f"\n{KILLS} kills: {dict(phases)}, {refused} before a checkpoint;", end=" ")
+        print(f"\n{phases.total()} kills: {dict(phases)}, {refused} before a checkpoint;", end=" ")
         print(f"runs by kills: {dict(sorted(kills_of_runs.items()))}")
-    assert phases.total() == KILLS
-    assert refused >= max(1, 3 * KILLS // 50)
+    assert phases.total() >= KILLS
+    assert refused >= least_refused
     assert max(kills_of_runs) >= (3 if KILLS >= 50 else 2)
-    least = {"loading": 3, "training": 8, "measuring": 2, "results": 5}  # of 50
-    assert all(phases[phase] >= count * KILLS // 50 for phase, count in least.items()), phases
+    assert enough, phases
 
 
 def test_a_run_killed_while_it_saves_a_checkpoint_goes_on(start_run, undisturbed, tmp_path, capsys):

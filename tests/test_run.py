@@ -79,7 +79,7 @@ def learned(run_script, demo_model, tmp_path_factory):
     """Return an undisturbed run that is long enough to learn."""
     cwd = tmp_path_factory.mktemp("learned")
     folder = cwd / "trained_model"
-    run = run_script(cwd, "--model-name", demo_model, *LEARNING, quick=False)
+    run = run_script(cwd, "--model-name", demo_model, *LEARNING)
     assert run.status == 0, run.stderr
     run.cwd, run.folder = cwd, folder
     run.metrics, run.report = read_metrics(folder), read_report(folder)

@@ -17,8 +17,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock
-from fork_driver import quicker
-from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from test_resources import largest_file
 
@@ -150,12 +148,6 @@ def on_log(monkeypatch):
         monkeypatch.setattr(train_sft.Recorder, "on_log", watched)
 
     return watch
-
-
-@pytest.fixture(autouse=True)
-def draw_quickly(monkeypatch):
-    """Draw no picture of a run with care: none is looked at here."""
-    monkeypatch.setattr(Figure, "savefig", quicker(Figure.savefig))
 
 
 def copy_run(undisturbed, output):
@@ -506,7 +498,7 @@ def test_a_copy_beside_what_it_imports_does_the_same_run(
 ):
     path = copy_scripts(stage, tmp_path / "copied")
     output = tmp_path / "out"
-    done = start(output, script=path, quick=False)
+    done = start(output, script=path)
     assert (done.status, done.stderr) == (0, "")
     assert_same_end(output, undisturbed)
 
