@@ -65,7 +65,7 @@ EVAL_BATCH_SIZE = 32  # held-out texts at once; less saves memory
 LOG_EVERY = 10  # steps between two lines of progress in a log file
 SAVE_EVERY = 50  # steps between two checkpoints; 0 = only where the run ends or is stopped
 RESUME = False  # go on from the checkpoint in OUTPUT_DIR
-REPORT_TO = "none"  # tensorboard = the metrics there too (pip install it); none = off
+REPORT_TO = []  # tensorboard, wandb, trackio: the metrics there too (pip install them); [] = off
 
 
 # ----------------------------------------------------------------------------------------- the run

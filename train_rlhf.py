@@ -129,7 +129,7 @@ EVAL_BATCH_SIZE = 40  # responses generated at once there; less saves memory
 LOG_EVERY = 5  # steps between two samples shown, and two lines of progress in a log file
 SAVE_EVERY = 10  # steps between two checkpoints; 0 = only where the run ends or is stopped
 RESUME = False  # go on from the checkpoint in OUTPUT_DIR
-REPORT_TO = "none"  # tensorboard = the metrics there too (pip install it); none = off
+REPORT_TO = []  # tensorboard, wandb, trackio: the metrics there too (pip install them); [] = off
 
 
 # ----------------------------------------------------------------------------------------- the run
@@ -918,9 +918,9 @@ RULES = [  # what to give for a constant, its limits, whether --resume may chang
     ("none, 8bit or 4bit", None, False, "QUANTIZATION"),
     ("auto, cpu, cuda or mps", None, True, "DEVICE"),
     ("auto, float32, bfloat16 or float16", None, False, "DTYPE"),
-    ("none or tensorboard", None, True, "REPORT_TO"),
     ("a list of texts, none empty", 1, False, "LORA_TARGETS POSITIVE_WORDS PROMPTS"),
     ("a list of texts, none empty", 0, False, "EVAL_PROMPTS"),
+    ("a list of texts, none empty", 0, True, "REPORT_TO"),
     ("True or False", None, False, "SCORE_PREFIXES CHAT_TEMPLATE"),
     ("True or False", None, True, "RESUME GRADIENT_CHECKPOINTING"),
     ("a whole number", (1, 10**6), False, "LORA_RANK LORA_ALPHA"),
@@ -1037,8 +1037,15 @@ def check_installed(device, dtype, report_to):
         raise SettingsError(f"DEVICE is {device}: give cpu, since PyTorch sees no such GPU")
     if dtype == "float16" and pick_device(device, dtype)[0] == "cpu":
         raise SettingsError("DTYPE is float16: give float32 or bfloat16 on a CPU")
-    if report_to != "none" and not importlib.util.find_spec(report_to):
-        raise SettingsError(f"REPORT_TO is {report_to}: give none, or pip install {report_to}")
+    for name in report_to:
+        if name not in ("tensorboard", "wandb", "trackio"):
+            raise SettingsError(f"REPORT_TO is {shorten(name)}: give tensorboard, wandb or trackio")
+        if not importlib.util.find_spec(name):
+            raise SettingsError(f"REPORT_TO is {name}: leave it out, or pip install {name}")
+    if "wandb" in report_to:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        with blame("REPORT_TO", "wandb", "run: wandb login, or set WANDB_MODE=offline"):
+            importlib.import_module("wandb").login()
 
 
 def check_output(model_name, output_dir):
@@ -1496,16 +1503,17 @@ def open_log(settings, metrics, total):
     with open_metrics(settings, metrics, total) as show:
 
         def log(metrics, rows, texts, scores, kls):
+            samples = []
+            for row, text, score, kl in zip(rows, texts, scores, kls):
+                samples.append({"step": len(metrics), "prompt": row["prompt"], "response": text})
+                samples[-1] |= {"score": score, "kl": kl if math.isfinite(kl) else None}
             with open(path, "a", encoding="utf-8") as file:
-                for row, text, score, kl in zip(rows, texts, scores, kls):
-                    line = {"step": len(metrics), "prompt": row["prompt"], "response": text}
-                    line |= {"score": score, "kl": kl if math.isfinite(kl) else None}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in samples)
             rate, score, kl = (recent(metrics, n) for n in ("success_rate", "score", "kl"))
             text = f"score {score:+.2f}, KL {kl:z.2f}"
             text = text if math.isnan(rate) else f"success {rate:4.0%}, {text}"
             warnings = warnings_of(metrics, settings.max_new_tokens)
-            show(metrics, text, f"{last_said(rows[0]['prompt'])} | {texts[0]}", warnings)
+            show(metrics, text, samples, warnings)
 
         yield log
 
@@ -1516,35 +1524,69 @@ def open_metrics(settings, metrics, total):
     path = Path(settings.output_dir, "metrics.jsonl")
     path.write_text("".join(json.dumps(record) + "\n" for record in metrics))
     shape = "{n_fmt}/{total_fmt} |{bar:12}| {remaining} left, {desc}"
-    tracker, done = None, len(metrics)
-    if settings.report_to == "tensorboard":
-        kind = accelerate.tracking.TensorBoardTracker
-        tracker = kind("tensorboard", settings.output_dir, purge_step=done + 1)
-        tracker.start()
+    done = len(metrics)
     watched = done < total and all(file and file.isatty() for file in (sys.stdout, sys.stderr))
     say = tqdm.write if watched else partial(print, flush=True)
-    with tqdm(total=total, initial=done, bar_format=shape, disable=not watched) as bar:
+    bar = tqdm(total=total, initial=done, bar_format=shape, disable=not watched)
+    with open_trackers(settings, done) as track, bar:
 
-        def show(metrics, text, sample="", warnings=()):
+        def show(metrics, text, samples=(), warnings=()):
             step, record = len(metrics), metrics[-1]
             with open(path, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            if tracker:
-                tracker.log(record, step=step)  # it leaves out what is None
             for warning in warnings:
                 say(f"step {step}: {warning}")
             bar.set_description_str(text, refresh=False)
             bar.update()
-            if step % settings.log_every == 0 or step == total:
+            due = step % settings.log_every == 0 or step == total
+            track(record, samples if due else ())
+            if due:
                 left = tqdm.format_interval(record["seconds"] / step * (total - step))
                 if not watched:
                     say(f"step {step}/{total}, {left} left, {text}")
-                sample = " ".join(sample.split())
-                width = shutil.get_terminal_size().columns // (1 if sample.isascii() else 2)
-                if sample:
-                    say(f"    {shorten(sample, max(width - 5, 1))}")
+                for sample in samples[:1]:
+                    text = f"{last_said(sample['prompt'])} | {sample['response']}"
+                    text = " ".join(text.split())
+                    width = shutil.get_terminal_size().columns // (1 if text.isascii() else 2)
+                    say(f"    {shorten(text, max(width - 5, 1))}")
 
         yield show
+
+
+@contextmanager
+def open_trackers(settings, done):
+    """Yield a function that hands a record, and samples as a table, to all that REPORT_TO names."""
+    folder, trackers = Path(settings.output_dir), {}
+    latest = (folder / "wandb" / "latest-run").resolve().name  # ends in the run's id
+    of_all = {"run_name": "train_rlhf", "name": folder.name, "config": vars(settings)}
+    of_all["resume"] = "allow" if done else "never"
+    options = {
+        "tensorboard": {"run_name": "tensorboard", "logging_dir": folder, "purge_step": done + 1},
+        "wandb": of_all | {"dir": folder, "id": latest.rpartition("-")[2] if done else None},
+        "trackio": of_all,
+    }
+    for name in settings.report_to:
+        trackers[name] = accelerate.tracking.LOGGER_TYPE_TO_CLASS[name](**options[name])
+        with redirect_stdout(io.StringIO()):  # trackio has much to say
+            trackers[name].start()
+
+    def track(record, samples):
+        figures = {**record}
+        texts = [each | {"prompt": last_said(each["prompt"])} for each in samples]
+        for name, tracker in trackers.items():
+            table = getattr(importlib.import_module(name), "Table", None)
+            if table and texts:
+                data = [[*each.values()] for each in texts]
+                figures["samples"] = table(columns=[*texts[0]], data=data)
+            tracker.log(figures, step=record["step"])
+
+    try:
+        yield track
+    finally:
+        for name, tracker in trackers.items():
+            finish = getattr(importlib.import_module(name), "finish", tracker.finish)
+            with redirect_stdout(io.StringIO()):
+                finish()
 
 
 def recent(metrics, name):
@@ -1711,13 +1753,15 @@ The model is beside report.json and training.png. To load it:
 # ------------------------------------------------------------------------------------------- main
 def silence_libraries():
     """Keep what pinned libraries say of themselves off the screen, by name, and nothing else."""
-    noise = r"`PPO(Config|Trainer)` is dep|No dataset is|.*is_gradient_checkpointing|fan_in_fan_out"
+    noise = r"`PPO(Config|Trainer)` is dep|No dataset is|.*is_gradient_checkpointing|fan_in_fan_out|Reserved keys"
     warnings.filterwarnings("ignore", message=noise)
     wrong = ".*tied layer is part of the adapter|Found missing adapter keys"  # can't be merged
     warnings.filterwarnings("error", message=wrong)
     transformers.logging.disable_progress_bar()  # of loading weights
     for library in ("bitsandbytes", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    with redirect_stdout(io.StringIO()):  # of WANDB_MODE=offline
+        importlib.import_module("transformers.integrations.integration_utils")
 
 
 def launch(run, argv, constants, rules, checks):

@@ -75,7 +75,7 @@ MAX_NEW_TOKENS = 40  # length in tokens, at most, of the answers that are shown
 LOG_EVERY = 10  # steps between two lines of progress in a log file
 SAVE_EVERY = 50  # steps between two checkpoints; 0 = only where the run ends or is stopped
 RESUME = False  # go on from the checkpoint in OUTPUT_DIR
-REPORT_TO = "none"  # tensorboard = the metrics there too (pip install it); none = off
+REPORT_TO = []  # tensorboard, wandb, trackio: the metrics there too (pip install them); [] = off
 
 
 # ----------------------------------------------------------------------------------------- the run
@@ -540,8 +540,8 @@ STAGE_RULES = [  # what to give for a constant, its limits, whether --resume may
     ("none, 8bit or 4bit", None, False, "QUANTIZATION"),
     ("auto, cpu, cuda or mps", None, True, "DEVICE"),
     ("auto, float32, bfloat16 or float16", None, False, "DTYPE"),
-    ("none or tensorboard", None, True, "REPORT_TO"),
     ("a list of texts, none empty", 1, False, "LORA_TARGETS"),
+    ("a list of texts, none empty", 0, True, "REPORT_TO"),
     ("True or False", None, False, "GROUP_BY_LENGTH"),
     ("True or False", None, True, "RESUME GRADIENT_CHECKPOINTING"),
     ("a whole number", (1, 10**6), False, "LORA_ALPHA BATCH_SIZE"),

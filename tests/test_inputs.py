@@ -137,7 +137,7 @@ OR_AUTO = "give a number, or auto, from -1000000000000000 to 1000000000000000"
         row("QUANTIZATION is 2bit: give none, 8bit or 4bit", "--quantization", "2bit"),
         row("DTYPE is int8: give auto, float32, bfloat16 or float16", "--dtype", "int8"),
         row("DEVICE is tpu: give auto, cpu, cuda or mps", "--device", "tpu"),
-        row("REPORT_TO is wandb: give none or tensorboard", "--report-to", "wandb"),
+        row("REPORT_TO is x: give tensorboard, wandb or trackio", "--report-to", "wandb", "x"),
         # combinations
         row("MINI_BATCH_SIZE is 2: give 0 or a divisor of BATCH_SIZE, 7",
             "--batch-size", "7", "--mini-batch-size", "2"),
@@ -206,7 +206,7 @@ def test_a_value_or_a_flag_of_thousands_of_characters_makes_no_long_message(refu
 def test_tensorboard_that_is_not_installed(refused, monkeypatch):
     monkeypatch.setattr(train_rlhf.importlib.util, "find_spec", lambda name: None)
     assert refused("--report-to", "tensorboard") == [
-        "- REPORT_TO is tensorboard: give none, or pip install tensorboard"
+        "- REPORT_TO is tensorboard: leave it out, or pip install tensorboard"
     ]
 
 

@@ -50,7 +50,7 @@ NAMES = [name for _, _, _, names in train_rlhf.RULES for name in names.split()]
         (["--reward", "my.py:score"], "reward", "my.py:score"),
         (["--reward-label", "joy"], "reward_label", "joy"),
         (["--prompt-field", "query"], "prompt_field", "query"),
-        (["--report-to", "tensorboard"], "report_to", "tensorboard"),
+        (["--report-to", "tensorboard"], "report_to", ["tensorboard"]),
         (["--positive-words", "calm", "serene"], "positive_words", ["calm", "serene"]),
         (["--prompts", "Only one"], "prompts", ["Only one"]),
         (["--prompts", "- one", "-two words"], "prompts", ["- one", "-two words"]),
