@@ -19,11 +19,11 @@ from pathlib import Path
 from train_rlhf import (
     SettingsError, add_adapter, base_of, blame, check_batches, check_installed, check_output,
     check_resume, claim_output, context_of, count_steps, describe_run, find_model, hash_files,
-    join_processes, joined, launch, load_base_model, load_classifier, missing_quotes, pick_device,
-    progress, read_rows, save_results, shorten, torch, transformers,
+    join_processes, joined, launch, load_base_model, load_classifier, missing_quotes,
+    pick_device, progress, read_rows, save_model, save_results, shorten, torch, transformers,
 )
 from train_sft import (
-    STAGE_RULES, announce, check_alone, draw, fit, ratio, read_data, save_with_adapter, text_in,
+    STAGE_RULES, announce, check_alone, draw, fit, ratio, read_data, text_in,
 )
 # fmt: on
 # isort: on
@@ -95,7 +95,7 @@ def run(settings):
         names = ("score_mean", "score_std", "score_accuracy")  # which train_rlhf.py reads
         model.config.update({name: trained[name.replace("score_acc", "acc")] for name in names})
         report = make_report(model, settings, metrics, base, trained)
-        save = partial(save_with_adapter, model, tokenizer, settings.model_name)
+        save = partial(save_trained, model, tokenizer, settings)
         picture = partial(draw, report, metrics)
         save_results(report, summarize(report), save, picture, settings.output_dir)
         print(summarize(report), flush=True)
@@ -109,6 +109,15 @@ def show_scores(settings, device):
     texts = [said_before(row) for row in rows]
     for text, number in zip(texts, score([""] * len(texts), texts)):
         print(f"{number:+8.3f}  {shorten(text)}", flush=True)
+
+
+def save_trained(model, tokenizer, settings, folder):
+    """Save the model, its adapter merged in and by itself too, or without one as it is."""
+    if hasattr(model, "peft_config"):
+        save_model(model, tokenizer, settings, folder)
+    else:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------- the data
@@ -312,7 +321,8 @@ def make_report(model, settings, metrics, base, trained):
     error = max(trained["standard_error"], 0.5 / trained["comparisons"] ** 0.5)
     learned = trained["accuracy"] - 3 * error > trained["guessing"]
     figures = {"learned": learned, "base": base, "trained": trained}
-    return describe_run(model, settings, metrics) | figures
+    told = model, settings, metrics, ["reward-model"], "text-classification"
+    return describe_run(*told) | figures
 
 
 def summarize(report):

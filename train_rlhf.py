@@ -124,6 +124,7 @@ MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0 = off
 
 # --- Run
 SEED = 0  # the same seed on the same machine gives the same run
+SAVE_ADAPTER = True  # the LoRA adapter alone, for PEFT, in adapter/ beside the model; False = off
 EVAL_SAMPLES = 240  # responses in each of the four measurements at the end, spread over the prompts
 EVAL_BATCH_SIZE = 40  # responses generated at once there; less saves memory
 LOG_EVERY = 5  # steps between two samples shown, and two lines of progress in a log file
@@ -163,7 +164,7 @@ def run(settings):
         parts = trainer, policy, tokenizer, reward, scale
         train(*parts, rows, settings, metrics, save)
         report, base_scores = make_report(*parts, rows, eval_rows, settings, metrics)
-        save = partial(save_model, policy.pretrained_model, tokenizer)
+        save = partial(save_model, policy.pretrained_model, tokenizer, settings)
         picture = partial(draw, report, base_scores, metrics)
         save_results(report, summarize(report, "."), save, picture, settings.output_dir)
         print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
@@ -224,6 +225,7 @@ class PolicyWithValueHead:
         arguments = inspect.signature(model.get_base_model().forward).parameters
         self.takes_positions = "position_ids" in arguments
         self.takes_columns = "logits_to_keep" in arguments
+        self.start_id = model.generation_config.decoder_start_token_id  # of an encoder-decoder
 
     def forward(self, input_ids, attention_mask, earned):
         """Return the logprobs of all tokens at each place of the response, and the value before it.
@@ -237,6 +239,8 @@ class PolicyWithValueHead:
         length, response_length = input_ids.shape[1], earned.shape[1]
         before = torch.arange(length - response_length - 1, length - 1, device=input_ids.device)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self.start_id is not None:
+            inputs, before = for_decoder(inputs, response_length, self.start_id)
         if self.takes_positions:
             inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding has none
         if self.takes_columns:
@@ -260,14 +264,14 @@ def rollout(policy, tokenizer, queries, numbers, size):
     responses = []
     for start in progress(range(0, len(queries), size)):
         some = {"input_ids": queries[start : start + size]}
-        inputs = tokenizer.pad(some, padding_side="left", return_tensors="pt").to(model.device)
-        width = inputs["input_ids"].shape[1]
+        inputs = tokenizer.pad(some, return_tensors="pt").to(model.device)
+        width = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         given = numbers[start : start + size].to(model.device)
         draw = partial(draw_tokens, given, width, model.generation_config.temperature)
         draw = transformers.LogitsProcessorList([draw])
         with torch.no_grad():
             sequences = model.generate(**inputs, do_sample=False, logits_processor=draw)
-        for row in sequences[:, width:].cpu():  # without the query, which is no action
+        for row in sequences[:, width:].cpu():  # without what was given, which is no action
             ends = torch.isin(row, end_ids).nonzero()
             responses.append(row[: ends[0, 0] + 1] if len(ends) else row)
     both = zip(queries, responses)
@@ -289,12 +293,12 @@ def draw_tokens(numbers, width, temperature, sequences, logits):
 
 
 def pad_batch(tokenizer, queries, responses, device):
-    """Put the queries, padded on the left, before the responses, padded on the right.
+    """Put the queries, padded on the tokenizer's side, before the responses, padded on the right.
 
     Returns input_ids and attention_mask by name, both (batch, query length + response length), and
     the mask of the response tokens (batch, response length).
     """
-    left = tokenizer.pad({"input_ids": queries}, padding_side="left", return_tensors="pt")
+    left = tokenizer.pad({"input_ids": queries}, return_tensors="pt")
     right = tokenizer.pad({"input_ids": responses}, padding_side="right", return_tensors="pt")
     left, right = left.to(device), right.to(device)
     inputs = {name: torch.cat([left[name], right[name]], dim=1) for name in left}
@@ -608,7 +612,7 @@ def make_report(trainer, policy, tokenizer, reward, scale, rows, eval_rows, sett
     rise = after["score"] - before["score"]
     least_error = rise / math.sqrt(2 * before["samples"])  # a few samples may have no spread
     error = math.hypot(before["standard_error"], after["standard_error"], least_error)
-    report = describe_run(policy.pretrained_model, settings, metrics) | {
+    report = describe_run(policy.pretrained_model, settings, metrics, ["trl", "ppo"]) | {
         "scale": scale,
         "chat": is_turn(rows[0]["prompt"], settings.chat_template),
         "learned": rise > 3 * error,  # beyond chance
@@ -890,6 +894,9 @@ def texts_of(tokenizer, query, responses):
     """Return the texts that responses add to the query's, with the space before it, if any."""
     both = [torch.cat([query, response]) for response in responses]
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    if query[-1] == tokenizer.eos_token_id:  # of an encoder: the response is a text of its own
+        texts = tokenizer.batch_decode(responses, **options)
+        return [text and f" {text.lstrip()}" for text in texts]
     before, *texts = tokenizer.batch_decode([query, *both], **options)
     return [text[len(before) :] for text in texts]
 
@@ -922,7 +929,7 @@ RULES = [  # what to give for a constant, its limits, whether --resume may chang
     ("a list of texts, none empty", 0, False, "EVAL_PROMPTS"),
     ("a list of texts, none empty", 0, True, "REPORT_TO"),
     ("True or False", None, False, "SCORE_PREFIXES CHAT_TEMPLATE"),
-    ("True or False", None, True, "RESUME GRADIENT_CHECKPOINTING"),
+    ("True or False", None, True, "RESUME GRADIENT_CHECKPOINTING SAVE_ADAPTER"),
     ("a whole number", (1, 10**6), False, "LORA_RANK LORA_ALPHA"),
     ("a whole number", (1, 10**6), False, "BATCH_SIZE MAX_NEW_TOKENS PPO_EPOCHS"),
     ("a whole number", (1, 10**6), True, "EVAL_SAMPLES EVAL_BATCH_SIZE LOG_EVERY"),
@@ -1102,14 +1109,17 @@ def find_model(setting, name):
 
 def load_model(settings, rows, eval_rows, device, dtype):
     """Return the base model, its tokenizer, and those of the rows whose prompts fit into it."""
-    remedy = "name a causal language model with config.json, *.safetensors and a tokenizer"
+    remedy = "name a language model with config.json, *.safetensors and a tokenizer"
     with blame("MODEL_NAME", settings.model_name, remedy):
         path = find_model("MODEL_NAME", settings.model_name)
         tokenizer = load_tokenizer(path)
         context = context_of(path)
         rows = prompts_that_fit(context, tokenizer, rows, settings)
         eval_rows = prompts_that_fit(context, tokenizer, eval_rows, settings)
-        model = load_base_model(path, device, dtype, settings.quantization)
+        kind = "AutoModelForCausalLM"
+        if config_of(path).is_encoder_decoder:
+            kind, tokenizer.padding_side = "AutoModelForSeq2SeqLM", "right"  # as encoders have it
+        model = load_base_model(path, device, dtype, settings.quantization, kind)
     return model, tokenizer, rows, eval_rows
 
 
@@ -1124,12 +1134,16 @@ def base_of(path):
     return find_model("MODEL_NAME", lora["base_model_name_or_path"])
 
 
-def context_of(path):
-    """Return how many tokens a model takes, infinity where it has no limit."""
+def config_of(path):
+    """Return the config of a model, or of the one that an adapter is for."""
     while path != base_of(path):  # an adapter may be for a model that has one itself
         path = base_of(path)
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    return getattr(config, "max_position_embeddings", None) or math.inf
+    return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def context_of(path):
+    """Return how many tokens a model takes, infinity where it has no limit."""
+    return getattr(config_of(path), "max_position_embeddings", None) or math.inf
 
 
 def load_tokenizer(path):
@@ -1155,6 +1169,15 @@ def end_tokens(own, tokenizer):
     return list(dict.fromkeys(ids))
 
 
+def for_decoder(inputs, length, start_id):
+    """Return inputs for an encoder-decoder, and where it draws the last `length` tokens of them."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    start = torch.full_like(ids[:, :1], start_id)
+    inputs |= {"input_ids": ids[:, :-length], "attention_mask": mask[:, :-length]}  # the queries
+    inputs["decoder_input_ids"] = torch.cat([start, ids[:, -length:-1]], dim=1)
+    return inputs, torch.arange(length, device=ids.device)
+
+
 def prompts_that_fit(context, tokenizer, rows, settings):
     """Return the rows whose prompts leave room for a response in the model's context."""
     remedy = "name a model with a chat template that takes these prompts, or give texts and False"
@@ -1176,7 +1199,8 @@ def make_policy(model, tokenizer, settings):
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0}
     sampling["max_new_tokens"] = settings.max_new_tokens
     own = model.generation_config
-    ids = {"bos_token_id": own.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {name: getattr(own, name) for name in ("bos_token_id", "decoder_start_token_id")}
+    ids["pad_token_id"] = tokenizer.pad_token_id
     ids["eos_token_id"] = end_tokens(own.eos_token_id, tokenizer)
     model.generation_config = transformers.GenerationConfig(**sampling, **ids)
     if settings.gradient_checkpointing:  # backward computes again what is inside of a layer
@@ -1189,7 +1213,8 @@ def make_policy(model, tokenizer, settings):
             remedy = "give False, since the model has no layers made for it"
             raise SettingsError(f"GRADIENT_CHECKPOINTING is True: {remedy}")
     adapted = add_adapter(model, settings)  # without dropout: the ratio of a policy to itself is 1
-    kind = joined(PolicyWithValueHead, trl.AutoModelForCausalLMWithValueHead)
+    kind = "Seq2Seq" if model.config.is_encoder_decoder else "Causal"
+    kind = joined(PolicyWithValueHead, getattr(trl, f"AutoModelFor{kind}LMWithValueHead"))
     return kind(adapted, settings.temperature).to(model.device).eval()
 
 
@@ -1577,7 +1602,7 @@ def open_trackers(settings, done):
             table = getattr(importlib.import_module(name), "Table", None)
             if table and texts:
                 data = [[*each.values()] for each in texts]
-                figures["samples"] = table(columns=[*texts[0]], data=data)
+                figures["responses"] = table(columns=[*texts[0]], data=data)
             tracker.log(figures, step=record["step"])
 
     try:
@@ -1614,8 +1639,8 @@ def progress(steps):
     return tqdm(steps, leave=False, disable=None if len(steps) > 1 else True, file=sys.stdout)
 
 
-def describe_run(model, settings, metrics):
-    """Return what report.json says of a run, whatever was measured."""
+def describe_run(model, settings, metrics, tags, task="text-generation"):
+    """Return what report.json says of a run, whatever was measured; tags and task as on the Hub."""
     libraries = ("torch", "transformers", "trl", "peft", "accelerate")
     samples, seconds = metrics[-1]["samples"], metrics[-1]["seconds"]
     memory = None  # the most that was held, in bytes; Windows does not tell that of a process
@@ -1626,6 +1651,9 @@ def describe_run(model, settings, metrics):
         unit = 1 if sys.platform == "darwin" else 1024
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
+        "task": task,
+        "tags": [*tags, "lora", "rlhf"],
+        "encoder_decoder": model.config.is_encoder_decoder,
         "settings": vars(settings),
         "versions": {library: importlib.metadata.version(library) for library in libraries},
         "device": device_name(model.device),
@@ -1652,7 +1680,7 @@ def save_results(report, card, save, draw, folder):
         return
     output, new = Path(folder), Path(folder, "checkpoint", "new")
     save(new)
-    card += "\n![What was measured](training.png)\n"
+    card = f"---\n{card_data(report)}\n---\n\n{card}\n![What was measured](training.png)\n"
     (new / "README.md").write_text(card, encoding="utf-8")
     (new / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(new / "training.png")
@@ -1664,8 +1692,36 @@ def save_results(report, card, save, draw, folder):
         path.replace(place)
 
 
-def save_model(model, tokenizer, folder):
+def card_data(report):
+    """Return what the Hub reads of a model: the head of its card, in YAML."""
+    name, parts, results = report["settings"]["model_name"], report["trained"], []
+    if not isinstance(next(iter(parts.values())), dict):  # one measurement alone
+        parts = {"held_out": parts}
+    for part, figures in parts.items():
+        for metric in ("score", "success_rate", "win_rate", "loss", "perplexity", "accuracy"):
+            if figures.get(metric) is not None:
+                what = report["task"], "own", "prompts", metric, figures[metric]
+                results.append(huggingface_hub.EvalResult(*what, dataset_split=part))
+    return huggingface_hub.ModelCardData(
+        model_name=Path(report["settings"]["output_dir"]).name,
+        base_model=None if os.path.isdir(name) else name,  # a folder here is nobody else's
+        library_name="transformers",
+        pipeline_tag=report["task"],
+        tags=report["tags"],
+        eval_results=results,
+    )
+
+
+def save_model(model, tokenizer, settings, folder):
     """Save an adapted model as an ordinary one, the adapter merged in, and the tokenizer."""
+    if getattr(settings, "save_adapter", True):  # a sibling always does
+        lora = model.peft_config["default"]
+        lora.base_model_name_or_path = settings.model_name
+        kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+        lora.task_type = lora.task_type or kind
+        model.save_pretrained(Path(folder, "adapter"), save_embedding_layers=False)
+        Path(folder, "adapter", "README.md").unlink()  # an empty form
+        tokenizer.save_pretrained(Path(folder, "adapter"))
     if getattr(model.get_base_model(), "is_quantized", False):  # 4 or 8 bits would lose the update
         adapter, lora = peft.get_peft_model_state_dict(model), model.peft_config["default"]
         model = peft.get_peft_model(model.unload().dequantize(), lora)
@@ -1737,15 +1793,18 @@ def summarize(report, folder):
         advice += f"\nThe reward model, which says so, agrees with {accuracy:.0%} of held-out comparisons."
     prompt = next(iter(before["first_sample"]))
     asked = [{"role": "user", "content": prompt}] if report["chat"] else prompt
+    load = "    from transformers import pipeline\n\n"
+    load += f"    print(pipeline({report['task']!r}, {folder!r})({asked!r}))"
+    if report["encoder_decoder"]:  # for which there is no pipeline
+        load = "    from transformers import AutoModelForSeq2SeqLM\n\n"
+        load += f"    model = AutoModelForSeq2SeqLM.from_pretrained({folder!r})"
     lines.append(f"""
 Score: {scores[0]} before, {scores[1]} after, a win rate of {after["win_rate"]:.0%},
 at {after["kl"]:z.1f} nats from the base model.{success}{advice}
 
 The model is beside report.json and training.png. To load it:
 
-    from transformers import pipeline
-
-    print(pipeline("text-generation", {folder!r})({asked!r}))
+{load}
 """)
     return "\n".join(lines)
 

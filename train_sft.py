@@ -115,10 +115,13 @@ def run(settings):
         falls = [before - after for before, after in zip(base.pop("nats"), trained.pop("nats"))]
         fall, error = ratio(falls, trained.pop("counts"))
         del base["counts"]
-        report = describe_run(model, settings, metrics) | {"base": base, "trained": trained}
+        report = describe_run(model, settings, metrics, ["sft"]) | {
+            "base": base,
+            "trained": trained,
+        }
         report["learned"] = fall > 3 * error
         report["chat"] = any(row.get("prompt") or "messages" in row for row in rows)
-        save = partial(save_with_adapter, model, tokenizer, settings.model_name)
+        save = partial(save_model, model, tokenizer, settings)
         picture = partial(draw, report, metrics)
         save_results(report, summarize(report, "."), save, picture, settings.output_dir)
         print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
@@ -458,20 +461,6 @@ def chat_template_of(tokenizer, rows, template):
         "{{{{ message['content'] + eos_token }}}}{{% else %}}"
         "{{{{ {} + message['content'] + {} }}}}{{% endif %}}{{% endfor %}}"
     ).format(*parts)
-
-
-def save_with_adapter(model, tokenizer, name, folder):
-    """Save the model with its adapter merged in, and beside it the adapter alone, if it has one."""
-    if not hasattr(model, "peft_config"):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return
-    adapter = Path(folder, "adapter")
-    model.peft_config["default"].base_model_name_or_path = name
-    model.save_pretrained(adapter, save_embedding_layers=False)
-    (adapter / "README.md").unlink()  # an empty form
-    tokenizer.save_pretrained(adapter)
-    save_model(model, tokenizer, folder)
 
 
 def draw(report, metrics, path):

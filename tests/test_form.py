@@ -253,7 +253,7 @@ def test_what_a_constant_has_to_be_is_the_same_in_all_scripts():
                 kinds[name].add((kind, limits, free))
     assert {name for name, found in kinds.items() if len(found) > 1} == {"LORA_RANK"}  # 0 = frozen
     for name in ("LORA_RANK", "LORA_ALPHA", "QUANTIZATION", "DEVICE", "DTYPE", "SEED", "REPORT_TO"):
-        assert len({getattr(module, name) for module in (train_rlhf, *STAGES)}) == 1, name
+        assert len({str(getattr(module, name)) for module in (train_rlhf, *STAGES)}) == 1, name
 
 
 def test_every_constant_of_a_stage_is_read_by_its_code():
