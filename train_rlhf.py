@@ -302,19 +302,6 @@ def draw_tokens(numbers, width, temperature, sequences, logits):
     return torch.full_like(logits, -math.inf).scatter(1, tokens, 0.0)
 
 
-def pad_batch(tokenizer, queries, responses, device):
-    """Put the queries, padded on the tokenizer's side, before the responses, padded on the right.
-
-    Returns input_ids and attention_mask by name, both (batch, query length + response length), and
-    the mask of the response tokens (batch, response length).
-    """
-    left = tokenizer.pad({"input_ids": queries}, return_tensors="pt")
-    right = tokenizer.pad({"input_ids": responses}, padding_side="right", return_tensors="pt")
-    left, right = left.to(device), right.to(device)
-    inputs = {name: torch.cat([left[name], right[name]], dim=1) for name in left}
-    return inputs, right["attention_mask"]
-
-
 # -------------------------------------------------------------------------------------- the reward
 def positive_word_reward(prompts, completions, positive_words=None, **kwargs):
     """Return +1.0 for each completion with one of the words (None = POSITIVE_WORDS), else -1.0.
@@ -924,6 +911,28 @@ def encode(tokenizer, rows, chat_template):
     return queries
 
 
+def pad_batch(tokenizer, queries, responses, device):
+    """Put the queries, padded on the tokenizer's side, before the responses, padded on the right.
+
+    Returns input_ids and attention_mask by name, both (batch, query length + response length), and
+    the mask of the response tokens (batch, response length).
+    """
+    left = tokenizer.pad({"input_ids": queries}, return_tensors="pt")
+    right = tokenizer.pad({"input_ids": responses}, padding_side="right", return_tensors="pt")
+    left, right = left.to(device), right.to(device)
+    inputs = {name: torch.cat([left[name], right[name]], dim=1) for name in left}
+    return inputs, right["attention_mask"]
+
+
+def for_decoder(inputs, length, start_id):
+    """Return inputs for an encoder-decoder, and where it draws the last `length` tokens of them."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    start = torch.full_like(ids[:, :1], start_id)
+    inputs |= {"input_ids": ids[:, :-length], "attention_mask": mask[:, :-length]}  # the queries
+    inputs["decoder_input_ids"] = torch.cat([start, ids[:, -length:-1]], dim=1)
+    return inputs, torch.arange(length, device=ids.device)
+
+
 # ------------------------------------------------------------------------------------ the settings
 class SettingsError(Exception):
     """Settings or input that can't work; its arguments each name a setting, its value, a remedy."""
@@ -1177,15 +1186,6 @@ def end_tokens(own, tokenizer):
         tokens = tokenizer(after, add_special_tokens=False)["input_ids"]
         ids = [*ids, next(token for token in tokens if token in tokenizer.added_tokens_decoder)]
     return list(dict.fromkeys(ids))
-
-
-def for_decoder(inputs, length, start_id):
-    """Return inputs for an encoder-decoder, and where it draws the last `length` tokens of them."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    start = torch.full_like(ids[:, :1], start_id)
-    inputs |= {"input_ids": ids[:, :-length], "attention_mask": mask[:, :-length]}  # the queries
-    inputs["decoder_input_ids"] = torch.cat([start, ids[:, -length:-1]], dim=1)
-    return inputs, torch.arange(length, device=ids.device)
 
 
 def prompts_that_fit(context, tokenizer, rows, settings):
@@ -1708,9 +1708,9 @@ def card_data(report):
     if not isinstance(next(iter(parts.values())), dict):  # one measurement alone
         parts = {"held_out": parts}
     for part, figures in parts.items():
-        for metric in ("score", "success_rate", "win_rate", "loss", "perplexity", "accuracy"):
-            if figures.get(metric) is not None:
-                what = report["task"], "own", "prompts", metric, figures[metric]
+        for metric, value in figures.items():
+            if isinstance(value, float):
+                what = report["task"], "own", "prompts", metric, value
                 results.append(huggingface_hub.EvalResult(*what, dataset_split=part))
     return huggingface_hub.ModelCardData(
         model_name=Path(report["settings"]["output_dir"]).name,

@@ -94,6 +94,7 @@ OR_AUTO = "give a number, or auto, from -1000000000000000 to 1000000000000000"
         row("REWARD_LABEL is empty: give a text", "--reward-label="),
         row("PROMPT_FIELD is None: give a text", "--prompt-field"),
         row("CHAT_TEMPLATE is chatml: give True or False", "--chat-template", "chatml"),
+        row("SAVE_ADAPTER is maybe: give True or False", "--save-adapter", "maybe"),
         row("GRADIENT_CHECKPOINTING is some: give True or False", "--gradient-checkpointing", "some"),
         row(f"SUCCESS_THRESHOLD is high: {OR_AUTO}", "--success-threshold", "high"),
         row(f"SUCCESS_THRESHOLD is nan: {OR_AUTO}", "--success-threshold", "nan"),

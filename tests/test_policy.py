@@ -394,7 +394,7 @@ def test_a_step_with_gradient_checkpointing_is_the_same_step(
 def test_a_saved_policy_says_the_same_in_plain_transformers(
     build, step, make_settings, demo_model, tmp_path, monkeypatch, steps
 ):
-    settings = make_settings("--learning-rate", "0.003")
+    settings = make_settings("--learning-rate", "0.003", "--no-save-adapter")
     built = build(settings)
     torch.manual_seed(0)
     for _ in range(steps):
@@ -402,7 +402,9 @@ def test_a_saved_policy_says_the_same_in_plain_transformers(
     prompts = settings.prompts + settings.eval_prompts
     before = greedy(built.policy.pretrained_model, built.tokenizer, prompts)
     (tmp_path / "saved").mkdir()
-    train_rlhf.save_model(built.policy.pretrained_model, built.tokenizer, tmp_path / "saved")
+    train_rlhf.save_model(
+        built.policy.pretrained_model, built.tokenizer, built.settings, tmp_path / "saved"
+    )
 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -418,7 +420,9 @@ def test_the_saved_model_samples_at_the_temperature_it_was_trained_for(
     build, make_settings, tmp_path
 ):
     built = build(make_settings("--temperature", "0.7", "--max-new-tokens", "9"))
-    train_rlhf.save_model(built.policy.pretrained_model, built.tokenizer, tmp_path / "saved")
+    train_rlhf.save_model(
+        built.policy.pretrained_model, built.tokenizer, built.settings, tmp_path / "saved"
+    )
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").generation_config
     names = ("do_sample", "temperature", "top_k", "max_new_tokens")
     assert [getattr(config, name) for name in names] == [True, 0.7, 0, 9]
@@ -451,7 +455,9 @@ def test_a_quantized_model_learns_and_is_saved_whole(
     for _ in range(3):
         step(built)
     trained = chances(built.policy.pretrained_model)
-    train_rlhf.save_model(built.policy.pretrained_model, built.tokenizer, tmp_path / "saved")
+    train_rlhf.save_model(
+        built.policy.pretrained_model, built.tokenizer, built.settings, tmp_path / "saved"
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert not getattr(model.config, "quantization_config", None)
     saved = chances(model)

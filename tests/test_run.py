@@ -119,6 +119,7 @@ def test_all_that_the_run_leaves_is_in_its_folder(learned):
     assert [path.name for path in learned.cwd.iterdir()] == ["trained_model"]
     model = "config.json generation_config.json model.safetensors tokenizer.json"
     logs, results = "metrics.jsonl samples.jsonl", "report.json training.png README.md checkpoint"
+    results += " adapter"
     names = {path.name for path in learned.folder.iterdir()}
     assert names == {*model.split(), "tokenizer_config.json", *logs.split(), *results.split()}
     left = {path.name for path in (learned.folder / "checkpoint").iterdir()}
@@ -289,7 +290,7 @@ def test_a_sample_of_the_step_comes_with_every_line_of_progress(learned):
 
 def test_the_result_is_shown_as_in_the_card(learned):
     shown = learned.stdout.partition("\n# ")[2]
-    told = read_card(learned.folder).removeprefix("# ")
+    told = read_card(learned.folder).partition("\n---\n\n# ")[2]
     told, picture, _ = told.partition("\n![")
     assert picture
     assert shown == told.replace("'.'", "'./trained_model'") + "\n"

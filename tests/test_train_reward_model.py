@@ -298,7 +298,7 @@ def test_the_score_of_a_text_does_not_depend_on_its_batch(models, demo_model, tm
     original = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     assert torch.equal(embeddings[: len(before)], original.get_input_embeddings().weight)
     assert len(embeddings) == len(tokenizer) == model.config.vocab_size
-    train_reward_model.save_trained(model, tokenizer, "", tmp_path)
+    train_reward_model.save_trained(model, tokenizer, None, tmp_path)
     score, scale = train_rlhf.load_classifier("REWARD", str(tmp_path), "", 3, CPU)
     assert score([""] * 4, TEXTS) == pytest.approx(wanted, abs=2e-4)  # the last is alone
     assert scale is None
