@@ -40,6 +40,9 @@ FIGURES = ("samples", "score", "standard_error", "success_rate", "kl", "kl_minim
 FIGURES += ("distinct", "perplexity_under_base", "first_sample")
 LONGEST = 23  # characters of a row's name, so that a table has at most 100 columns
 MOST = 10  # rows, for there are ten colours
+LEGEND = """±: the standard deviation between seeds, of a single run the standard error of its samples.
+wins: how often a response scores higher than the base model's. least: the least KL with which any
+policy has that mean score."""
 
 
 class Refused(Exception):
@@ -64,44 +67,36 @@ def read_runs(folders):
 
 
 def read_run(folder):
-    """Return folder, settings, report and metrics of a finished run, and make sure they are whole."""
+    """Return folder, settings, report and metrics of a finished run; refuse what is not whole."""
     path = Path(folder)
     if not (path / "report.json").is_file():
         begun = (path / "metrics.jsonl").exists() or (path / "checkpoint").exists()
-        unfinished = (
-            "has no report.json, so its run did not come to its end: give its line --resume,"
-        )
-        raise Refused(
-            f"{folder} {unfinished if begun else 'is no folder of a run:'} or leave it out"
-        )
+        unfinished = "has no report.json, for the run did not end: give its line --resume,"
+        problem = unfinished if begun else "is no folder of a run:"
+        raise Refused(f"{folder} {problem} or leave it out")
+    problem = f"{folder}: its report.json or metrics.jsonl"
     try:
         report = json.loads((path / "report.json").read_text(encoding="utf-8"))
         settings = report["settings"]
         if any(name in settings for name in OF_OTHER_SCRIPTS):
-            raise Refused(
-                f"{folder} is no run of train_rlhf.py, but of another script: leave it out"
-            )
+            raise Refused(f"{folder} is of another script than train_rlhf.py: leave it out")
         metrics = read_lines(path / "metrics.jsonl")
-        for model, part in itertools.product(("base", "trained"), report["base"]):
-            for name in FIGURES:
-                report[model][part][name]
-        needed = report["base"]["train_prompts"], report["scale"]["threshold"], report["learned"]
-        needed += report["device"], report["samples_per_second"], settings["seed"]
-        needed += settings["model_name"], settings["reward"]
         ends = [(each["samples"], each["seconds"]) for each in (report, metrics[-1])]
+        for model, part in itertools.product(("base", "trained"), report["base"]):
+            [report[model][part][name] for name in FIGURES]
+        [settings[name] for name in ("seed", "model_name", "reward")]
+        [report[name] for name in ("device", "samples_per_second", "learned")]
+        report["base"]["train_prompts"], report["scale"]["threshold"]
     except (OSError, ValueError) as error:
-        problem = f"{folder}: its report.json or metrics.jsonl can't be read ({shorten(error)})"
-        raise Refused(f"{problem}: copy it again, or leave it out") from error
+        remedy = "copy it again, or leave it out"
+        raise Refused(f"{problem} can't be read ({shorten(error)}): {remedy}") from error
     except (KeyError, TypeError, IndexError) as error:
         lacking = error.args[0] if isinstance(error, KeyError) else "what it should hold"
-        problem = (
-            f"{folder}: its report.json or metrics.jsonl lacks {lacking}, as of another version"
-        )
-        raise Refused(f"{problem}: train it anew, or leave it out") from error
+        remedy = "of another version: train it anew, or leave it out"
+        raise Refused(f"{problem} lacks {lacking}, as that {remedy}") from error
     if ends[0] != ends[1]:
-        of_report, of_metrics = ("{} samples in {:.1f} seconds".format(*end) for end in ends)
-        problem = f"{folder}: report.json is of {of_report}, but metrics.jsonl of {of_metrics}"
-        raise Refused(f"{problem}: give the line of that run --resume, or leave it out")
+        of_each = "{0[0]} samples in {0[1]:.1f} s, but {1[0]} samples in {1[1]:.1f} s".format(*ends)
+        raise Refused(f"{problem} differ, {of_each}: give its line --resume, or leave it out")
     return SimpleNamespace(folder=folder, settings=settings, report=report, metrics=metrics)
 
 
@@ -142,7 +137,7 @@ def check_alike(runs):
     versions = {json.dumps(run.report.get("versions")) for run in runs}
     idle = ", ".join(run.folder for run in runs if not run.report["learned"])
     notes = {
-        f"No longer known, and taken for the same: {', '.join(unknown)}.": unknown,
+        f"Not told by another version, and taken for alike: {', '.join(unknown)}.": unknown,
         "A KL is against the run's own base model, so compare it within a model.": len(models) > 1,
         "Whether the reward changed in between is seen only where seeds are alike.": not by_words,
         "Seconds on different devices tell nothing about settings.": len(devices) > 1,
@@ -203,9 +198,7 @@ def make_groups(runs):
         parts = [alike] if len(seeds) == len(alike) else [[run] for run in alike]
         rows += [(part, meaning) for part in parts]
     if len(rows) > MOST:
-        raise Refused(
-            f"{len(rows)} rows are too many for a picture: give folders of {MOST} at most"
-        )
+        raise Refused(f"{len(rows)} rows are too many for a picture: give {MOST} at most")
     groups, meanings = [], [meaning for _, meaning in rows]
     for number, (part, meaning) in enumerate(rows, start=1):
         name = meaning
@@ -217,7 +210,7 @@ def make_groups(runs):
 
 # --------------------------------------------------------------------------------------- the table
 def spread(values, form, error=None, error_form=""):
-    """Return the mean ± the standard deviation between seeds; of one, ± its error, if it is known."""
+    """Return the mean ± the standard deviation between seeds; of one, ± its error if it is known."""
     if len(values) > 1:
         error = statistics.stdev(values)
     text = f"{statistics.mean(values):{form}}"
@@ -270,36 +263,27 @@ def make_table(groups, bases, metric):
 
 def describe(name, runs, meaning):
     """Return what a row is: settings, samples, scores, time and folders."""
-    scores, unusual = (
-        [function(model) for model in ("base", "trained")]
-        for function in (
-            lambda model: result(runs, "score", model),
-            lambda model: statistics.mean(figures(runs, "perplexity_under_base", model)),
-        )
-    )
+    scores = " before, ".join(result(runs, "score", model) for model in ("base", "trained"))
+    unusual = statistics.mean(figures(runs, "perplexity_under_base"))
     seconds = statistics.mean(run.report["seconds"] for run in runs)
     rate = statistics.mean(run.report["samples_per_second"] for run in runs)
     devices = ", ".join(dict.fromkeys(run.report["device"] for run in runs))
     folders = ", ".join(f"{run.folder} (seed {run.settings['seed']})" for run in runs)
-    settings = f" {meaning};" if meaning not in ("", name) else ""
-    return (
-        f"{name}:{settings} score {scores[0]} before, {scores[1]} after; perplexity under the base "
-        f"model {unusual[0]:.1f} before, {unusual[1]:.1f} after; {runs[0].report['samples']} samples "
-        f"in {seconds:.0f} seconds, {rate:.1f} a second, on {devices}; {folders}."
-    )
+    facts = [
+        f"{name}: {meaning}" if meaning not in ("", name) else name,
+        f"score {scores} after",
+        f"perplexity under the base model {unusual:.1f}",
+        f"{runs[0].report['samples']} samples in {seconds:.0f} seconds, {rate:.1f} a second",
+        devices,
+        folders,
+    ]
+    return "; ".join(facts)
 
 
 def make_text(groups, bases, notes, metric, picture):
     """Return the whole comparison in Markdown."""
     runs = [run for _, group, _ in groups for run in group]
-    meaning = (
-        f"Measured with {figures(runs, 'samples')[0]} samples. ±: the standard deviation between"
-    )
-    meaning += (
-        " seeds, of a single run the standard error of its samples. wins: how often a response"
-    )
-    meaning += " scores higher than the base model's. least: the least KL with which any policy has"
-    meaning += " that mean score."
+    meaning = f"Measured with {figures(runs, 'samples')[0]} samples. {LEGEND}"
     lines = [f"# Comparison of runs: {len(runs)}", "", *make_table(groups, bases, metric), ""]
     lines += [textwrap.fill(meaning, 100), ""]
     for item in [*(describe(*group) for group in groups), *notes]:
@@ -337,41 +321,42 @@ def draw(groups, bases, metric, path):
     from matplotlib.ticker import PercentFormatter
 
     warnings.filterwarnings("ignore", "Glyph")  # a font may lack letters of a folder's name
+    runs = [run for _, group, _ in groups for run in group]
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     left.set(title="Learning: means of the last 100 samples", xlabel="samples")
     left.set_ylabel("success rate" if metric == "success_rate" else "mean score")
     if metric == "success_rate":
         left.yaxis.set_major_formatter(PercentFormatter(1))
-    right.set(title="What it costs: measured at the end")
     right.set(xlabel="KL against the base model (nats per response)")
-    for (name, runs, _), color in zip(groups, (f"C{number}" for number in range(MOST))):
-        curves = [learning_curve(run.metrics, metric) for run in runs]
+    right.set(title="What it costs: measured at the end")
+    for (name, group, _), color in zip(groups, (f"C{number}" for number in range(MOST))):
+        curves = [learning_curve(run.metrics, metric) for run in group]
         samples = [each for each in curves[0] if all(each in curve for curve in curves)]
         columns = [[curve[each] for curve in curves] for each in samples]
         means = [statistics.mean(column) for column in columns]
         name = name.replace("$", r"\$")  # or it would be a formula
         left.plot(samples, means, color=color, label=name)
-        kls, values = figures(runs, "kl"), figures(runs, metric)
-        if len(runs) > 1:
+        kls, values = figures(group, "kl"), figures(group, metric)
+        if len(group) > 1:
             spreads = [statistics.stdev(column) for column in columns]
             low, high = ([m + sign * s for m, s in zip(means, spreads)] for sign in (-1, 1))
             left.fill_between(samples, low, high, color=color, alpha=0.2, linewidth=0)
             right.plot(kls, values, ".", color=color)
         right.plot(statistics.mean(kls), statistics.mean(values), "*", color=color, markersize=13)
-    runs = [run for _, group, _ in groups for run in group]
     for (name, alike), line in zip(bases, itertools.cycle(["-", "--", ":"])):
         base = statistics.mean(figures(alike, metric, "base"))
         own = [run for run in runs if run.settings["model_name"] == alike[0].settings["model_name"]]
-        for axes in (left, right):
-            axes.plot(0, base, "ks", markersize=5)
-        right.plot(*zip(*least_kls(base, own, metric)), "k" + line, label=f"least KL, {name}")
-    right.plot([], [], "ks", markersize=5, label="base model")
-    right.plot([], [], "k*", markersize=10, label="trained model (mean)")
+        left.plot(0, base, "ks", label=name)
+        right.plot(0, base, "ks")
+        points = least_kls(base, own, metric)
+        right.plot(*zip(*points), "k" + line, label=f"least KL, {name}")
+        if metric == "score":
+            right.plot(*zip(*points), "kx", markersize=5)  # known at the scores of the runs
+    title = "star: trained model"
     if len(runs) > len(groups):
-        right.plot([], [], "k.", label="each seed")
-        left.fill_between([], [], color="k", alpha=0.2, label="± deviation of seeds")
-    figure.legend(loc="outside right upper", fontsize="small")
+        title = "star: mean, dot: a seed,\nband: ± deviation of seeds"
+    figure.legend(loc="outside right upper", fontsize="small", title=title, title_fontsize="small")
     figure.savefig(path, dpi=100)
 
 
