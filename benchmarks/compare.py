@@ -71,9 +71,9 @@ def read_run(folder):
     path = Path(folder)
     if not (path / "report.json").is_file():
         begun = (path / "metrics.jsonl").exists() or (path / "checkpoint").exists()
-        unfinished = "has no report.json, for the run did not end: give its line --resume,"
+        unfinished = "has no report.json, for its run did not end: add --resume to its line, or"
         problem = unfinished if begun else "is no folder of a run:"
-        raise Refused(f"{folder} {problem} or leave it out")
+        raise Refused(f"{folder} {problem} leave it out")
     problem = f"{folder}: its report.json or metrics.jsonl"
     try:
         report = json.loads((path / "report.json").read_text(encoding="utf-8"))
@@ -92,11 +92,11 @@ def read_run(folder):
         raise Refused(f"{problem} can't be read ({shorten(error)}): {remedy}") from error
     except (KeyError, TypeError, IndexError) as error:
         lacking = error.args[0] if isinstance(error, KeyError) else "what it should hold"
-        remedy = "of another version: train it anew, or leave it out"
-        raise Refused(f"{problem} lacks {lacking}, as that {remedy}") from error
+        remedy = "another version wrote it, so train it anew, or leave it out"
+        raise Refused(f"{problem} lacks {lacking}: {remedy}") from error
     if ends[0] != ends[1]:
         of_each = "{0[0]} samples in {0[1]:.1f} s, but {1[0]} samples in {1[1]:.1f} s".format(*ends)
-        raise Refused(f"{problem} differ, {of_each}: give its line --resume, or leave it out")
+        raise Refused(f"{problem} differ, {of_each}: add --resume to its line, or leave it out")
     return SimpleNamespace(folder=folder, settings=settings, report=report, metrics=metrics)
 
 
@@ -155,7 +155,7 @@ def tell_difference(name, values, one, other):
     texts = [f"{shorten(told(value))} in {run.folder}" for value, run in zip(values, (one, other))]
     remedy = "compare them apart, or train one anew"
     if name == "eval_samples":
-        remedy = "give the line of one --resume and the number of the other, to measure anew"
+        remedy = "add --resume to the line of one, with the number of the other: it measures anew"
     return f"{name.upper()} is {texts[0]}, but {texts[1]}: {remedy}"
 
 
