@@ -96,7 +96,8 @@ def read_run(folder):
         raise Refused(f"{problem} lacks {lacking}: {remedy}") from error
     if ends[0] != ends[1]:
         of_each = "{0[0]} samples in {0[1]:.1f} s, but {1[0]} samples in {1[1]:.1f} s".format(*ends)
-        raise Refused(f"{problem} differ, {of_each}: add --resume to its line, or leave it out")
+        remedy = "they are of two runs: add --resume to the line of the last, or leave it out"
+        raise Refused(f"{folder}: report.json has {of_each} in metrics.jsonl: {remedy}")
     return SimpleNamespace(folder=folder, settings=settings, report=report, metrics=metrics)
 
 
@@ -347,15 +348,15 @@ def draw(groups, bases, metric, path):
     for (name, alike), line in zip(bases, itertools.cycle(["-", "--", ":"])):
         base = statistics.mean(figures(alike, metric, "base"))
         own = [run for run in runs if run.settings["model_name"] == alike[0].settings["model_name"]]
-        left.plot(0, base, "ks", label=name)
+        left.plot(0, base, "ks")
         right.plot(0, base, "ks")
         points = least_kls(base, own, metric)
         right.plot(*zip(*points), "k" + line, label=f"least KL, {name}")
         if metric == "score":
             right.plot(*zip(*points), "kx", markersize=5)  # known at the scores of the runs
-    title = "star: trained model"
+    title = "square: base model, star: trained"
     if len(runs) > len(groups):
-        title = "star: mean, dot: a seed,\nband: ± deviation of seeds"
+        title = "square: base model, dot: a seed,\nstar: mean, band: ± deviation"
     figure.legend(loc="outside right upper", fontsize="small", title=title, title_fontsize="small")
     figure.savefig(path, dpi=100)
 
