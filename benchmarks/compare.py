@@ -82,7 +82,7 @@ def read_run(folder):
             raise Refused(f"{folder} is of another script than train_rlhf.py: leave it out")
         metrics = read_lines(path / "metrics.jsonl")
         ends = [(each["samples"], each["seconds"]) for each in (report, metrics[-1])]
-        for model, part in itertools.product(("base", "trained"), report["base"]):
+        for model, part in itertools.product(("base", "trained"), report["base"]):  # all is there?
             [report[model][part][name] for name in FIGURES]
         [settings[name] for name in ("seed", "model_name", "reward")]
         [report[name] for name in ("device", "samples_per_second", "learned")]
@@ -110,7 +110,7 @@ def told(value):
     """Return the value of a setting as text."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "empty"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).removesuffix(".0")
 
 
 # ------------------------------------------------------------------------------ what is compared
@@ -246,14 +246,15 @@ def base_models(runs):
     found = {}
     for run in runs:
         found.setdefault(run.settings["model_name"], {})[run.settings["seed"]] = run
-    return [(f"base: {Path(name).name}", [*runs.values()]) for name, runs in found.items()]
+    models = [(shorten(f"base: {Path(name).name}", LONGEST), found[name]) for name in found]
+    return [(name, [*runs.values()]) for name, runs in models]
 
 
 def make_table(groups, bases, metric):
     """Return the lines of the table in Markdown."""
     title = "success" if metric == "success_rate" else "score"
     rows = [["", "seeds", title, "held out", "wins", "KL", "least", "distinct"]]
-    rows += [make_row(shorten(name, LONGEST), runs, metric, "base") for name, runs in bases]
+    rows += [make_row(name, runs, metric, "base") for name, runs in bases]
     rows += [make_row(name, runs, metric, "trained") for name, runs, _ in groups]
     rows = [[cell.replace("|", "/") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
