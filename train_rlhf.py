@@ -1711,7 +1711,7 @@ The model is beside report.json and training.png. To load it:
 # ------------------------------------------------------------------------------------------- main
 def silence_libraries():
     """Keep what pinned libraries say of themselves off the screen, by name, and nothing else."""
-    noise = r"`PPO(Config|Trainer)` is dep|No dataset is|.*is_gradient_checkpointing|fan_in_fan_out"
+    noise = r"`PPO(Config|Trainer)` is dep|No dataset is|IProgress|.*is_gradient_checkpointing|fan_in_fan_out"
     warnings.filterwarnings("ignore", message=noise)
     wrong = ".*tied layer is part of the adapter|Found missing adapter keys"  # can't be merged
     warnings.filterwarnings("error", message=wrong)
