@@ -685,12 +685,12 @@ def kl_minimum(score, base_scores):
 def load_reward(settings, rows, device):
     """Return the function from rows and texts to scores, tried on two, and its scale or None."""
     name, scale, of_texts = settings.reward, None, False
-    functions = {each.__name__: each for each in globals().values() if inspect.isfunction(each)}
-    if name == "positive_word_reward":
+    own = {one.__name__: one for one in reversed(globals().values()) if inspect.isfunction(one)}
+    if own.get(name) is positive_word_reward:  # and no other that REWARD is, which comes last there
         function = partial(positive_word_reward, positive_words=settings.positive_words)
         scale, of_texts = AS_IT_IS | {"threshold": 0.0}, True
-    elif name in functions:  # of the script, or a notebook
-        function = functions[name]
+    elif name in own:  # of the script, or a notebook
+        function = own[name]
     elif ".py" in name:
         with blame("REWARD", name, "give FILE.py:FUNCTION"):
             path, _, function_name = name.rpartition(":")

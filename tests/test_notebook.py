@@ -355,6 +355,20 @@ def test_the_script_pasted_into_a_cell_does_a_run(executed, kernel, clone, scrip
     assert (clone / "trained_model_pasted" / "report.json").exists()
 
 
+@pytest.mark.parametrize("name", ["positive_word_reward", "measure", "my_own", "<lambda>"])
+def test_a_reward_of_a_cell_is_taken_whatever_it_is_called(monkeypatch, settings, name):
+    """Also where it has the name of a function of the script, as one copied from there has."""
+
+    def count_letters(prompts, completions, **kwargs):
+        return [len(text) for text in completions]
+
+    count_letters.__name__ = settings.reward = name
+    monkeypatch.setattr(train_rlhf, "REWARD", count_letters)
+    rows = [{"prompt": "I feel so"}] * 2
+    reward, scale = train_rlhf.load_reward(settings, rows, "cpu")
+    assert (reward(rows, ["", " glad"]), scale) == ([0.0, 5.0], None)
+
+
 LONG = [*SHORT, "--training-epochs", "10000", "--log-every", "2", "--output-dir", "trained_model_x"]
 
 
