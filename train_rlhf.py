@@ -686,12 +686,12 @@ def kl_minimum(score, base_scores):
 def load_reward(settings, rows, device):
     """Return the function from rows and texts to scores, tried on two, and its scale or None."""
     name, scale, of_texts = settings.reward, None, False
-    functions = {each.__name__: each for each in globals().values() if inspect.isfunction(each)}
-    if name == "positive_word_reward":
+    own = {one.__name__: one for one in reversed(globals().values()) if inspect.isfunction(one)}
+    if own.get(name) is positive_word_reward:  # and no other that REWARD is, which comes last there
         function = partial(positive_word_reward, positive_words=settings.positive_words)
         scale, of_texts = AS_IT_IS | {"threshold": 0.0}, True
-    elif name in functions:  # of the script, or a notebook
-        function = functions[name]
+    elif name in own:  # of the script, or a notebook
+        function = own[name]
     elif ".py" in name:
         with blame("REWARD", name, "give FILE.py:FUNCTION"):
             path, _, function_name = name.rpartition(":")
@@ -1822,7 +1822,8 @@ The model is beside report.json and training.png. To load it:
 # ------------------------------------------------------------------------------------------- main
 def silence_libraries():
     """Keep what pinned libraries say of themselves off the screen, by name, and nothing else."""
-    noise = r"`PPO(Config|Trainer)` is dep|No dataset is|.*is_gradient_checkpointing|fan_in_fan_out|Reserved keys"
+    noise = "`PPO(Config|Trainer)` is dep|No dataset is|.*is_gradient_checkpointing|fan_in_fan_out"
+    noise += "|IProgress|Reserved keys"  # of tqdm in a notebook, of trackio
     warnings.filterwarnings("ignore", message=noise)
     wrong = ".*tied layer is part of the adapter|Found missing adapter keys"  # can't be merged
     warnings.filterwarnings("error", message=wrong)
