@@ -1183,7 +1183,30 @@ def make_policy(model, tokenizer, settings):
             raise SettingsError(f"GRADIENT_CHECKPOINTING is True: {remedy}")
     adapted = add_adapter(model, settings)  # without dropout: the ratio of a policy to itself is 1
     kind = joined(PolicyWithValueHead, trl.AutoModelForCausalLMWithValueHead)
-    return kind(adapted, settings.temperature).to(model.device).eval()
+    with blame("MODEL_NAME", settings.model_name, "name a model of another family, as Llama"):
+        policy = kind(adapted, settings.temperature).to(model.device).eval()
+        try_policy(policy, tokenizer)
+    return policy
+
+
+def try_policy(policy, tokenizer, length=3):
+    """Refuse a model that says something else where its prompt is padded, or knows what follows."""
+    device = policy.pretrained_model.device
+    query = tokenizer("I am so very glad today", return_tensors="pt")["input_ids"][0]
+    queries = [query[:2], query]  # beside the second the first is padded
+    inputs = tokenizer.pad({"input_ids": queries}, padding_side="left", return_tensors="pt")
+    options = {"min_new_tokens": length, "max_new_tokens": length, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        said = policy.pretrained_model.generate(**inputs.to(device), **options)
+        logits = torch.stack(said.logits, dim=1)[0].float() / policy.temperature
+        for count in (1, 2):
+            responses = [*said.sequences[:count, -length:].cpu()]
+            inputs, mask = pad_batch(tokenizer, queries[:count], responses, device)
+            all_logprobs, _ = policy(**inputs, earned=mask.float())
+            difference = (torch.softmax(logits, dim=-1) - all_logprobs[0].exp()).abs()
+            if difference.sum(-1).mean() > 0.2:  # of 2; rounding to 16 bits makes less than 0.04
+                raise ValueError("padding, or what follows, changes its probabilities")
 
 
 def add_adapter(model, settings, **options):
