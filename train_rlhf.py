@@ -1260,9 +1260,13 @@ def load_weights(kind, path, new_head=False, **options):
         lacking = {name for name in lacking if name.startswith(f"{model.base_model_prefix}.")}
     if lacking:  # transformers would go on with random numbers
         raise ValueError(f"it lacks weights such as {min(lacking)}")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer and quantizer.pre_quantized:  # it could not be saved
+        raise ValueError("it is quantized already, take the model that it was made from")
+    kinds = {getattr(module, "source_cls", None) for module in model.modules()}  # before it was
+    if quantizer and (kinds == {None} or transformers.pytorch_utils.Conv1D in kinds):
+        raise ValueError("it could not be saved after QUANTIZATION, give none for that")
     for module in model.modules():
-        if getattr(module, "source_cls", None) is transformers.pytorch_utils.Conv1D:  # of GPT-2
-            raise ValueError("it could not be saved after QUANTIZATION, give none for that")
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # bitsandbytes would repack for good
     for name, weight in model.named_parameters():
