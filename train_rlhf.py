@@ -1739,6 +1739,7 @@ The model is beside report.json and training.png. To load it:
 def silence_libraries():
     """Keep what pinned libraries say of themselves off the screen, by name, and nothing else."""
     noise = r"`PPO(Config|Trainer)` is dep|No dataset is|.*is_gradient_checkpointing|fan_in_fan_out"
+    noise += "|The following (rank|alpha)_pattern"  # of experts, which PEFT adapts all the same
     warnings.filterwarnings("ignore", message=noise)
     wrong = ".*tied layer is part of the adapter|Found missing adapter keys"  # can't be merged
     warnings.filterwarnings("error", message=wrong)
