@@ -1184,6 +1184,8 @@ def make_policy(model, tokenizer, settings):
     adapted = add_adapter(model, settings)  # without dropout: the ratio of a policy to itself is 1
     kind = joined(PolicyWithValueHead, trl.AutoModelForCausalLMWithValueHead)
     with blame("MODEL_NAME", settings.model_name, "name a model of another family, as Llama"):
+        if model.config.get_text_config() is not model.config:
+            raise ValueError("it takes pictures or sound too")
         policy = kind(adapted, settings.temperature).to(model.device).eval()
         try_policy(policy, tokenizer)
     return policy

@@ -70,6 +70,11 @@ FAMILIES = {  # the kind of model, unless it is the name itself, and its sizes b
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4},
 }
 REFUSED = {
+    "gemma3": {  # with eyes
+        "text_config": {"vocab_size": 2000, "head_dim": 8, **SIZES},
+        "vision_config": {"image_size": 8, "patch_size": 4, **SIZES},
+        "mm_tokens_per_image": 4,
+    },
     "bert": {},
     "roberta": {},
     "rwkv": {"attention_hidden_size": 32, "context_length": 64},
@@ -374,6 +379,7 @@ def refused(call_main, tmp_path, capfd):
     """Return what a run of a model is refused for, after a look at whether nothing was written."""
 
     def call(*flags):
+        capfd.readouterr()  # what was said where the model was made
         assert call_main("--model-name", "model", *RUN, *flags) == 2
         first, line = capfd.readouterr().err.splitlines()
         assert first == "Nothing was started or changed:"
@@ -390,6 +396,7 @@ LEAKS = "padding, or what follows, changes its probabilities"
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
+        ("gemma3", "it takes pictures or sound too"),
         ("bert", NO_HEAD),
         ("rwkv", NO_HEAD),
         ("roberta", LEAKS),  # each token sees those after it
