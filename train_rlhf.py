@@ -1122,7 +1122,7 @@ def context_of(path):
     while path != base_of(path):  # an adapter may be for a model that has one itself
         path = base_of(path)
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    return getattr(config, "max_position_embeddings", None) or math.inf
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def load_tokenizer(path):

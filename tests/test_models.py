@@ -373,6 +373,13 @@ def test_a_run_with_another_kind_of_tokenizer(build, read_settings, tmp_path, ma
     assert greedy(model, saved, PROMPTS)[0] == greedy(policy, built.tokenizer, PROMPTS)[0]
 
 
+def test_the_context_of_a_model_whose_text_has_a_config_of_its_own(tmp_path):
+    """Qwen 3.5 is loaded without its eyes."""
+    text = {"max_position_embeddings": 64}
+    AutoConfig.for_model("qwen3_5", text_config=text).save_pretrained(tmp_path)
+    assert train_rlhf.context_of(tmp_path) == 64
+
+
 # ------------------------------------------------------------------------------ those that are refused
 @pytest.fixture
 def refused(call_main, tmp_path, capfd):
