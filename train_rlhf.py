@@ -1834,7 +1834,7 @@ def summarize(report, folder):
     prompt = next(iter(before["first_sample"]))
     asked = [{"role": "user", "content": prompt}] if report["chat"] else prompt
     load = "    from transformers import pipeline\n\n"
-    load += f"    print(pipeline({report['task']!r}, {folder!r})({asked!r}))"
+    load += f'    print(pipeline("text-generation", {folder!r})({asked!r}))'
     if report["encoder_decoder"]:  # for which there is no pipeline
         load = "    from transformers import AutoModelForSeq2SeqLM\n\n"
         load += f"    model = AutoModelForSeq2SeqLM.from_pretrained({folder!r})"

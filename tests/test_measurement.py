@@ -433,7 +433,8 @@ def report_of(make_settings, monkeypatch):
     def make(before, after, held_out=None, kl=1.0, threshold=0.0):
         trainer = Trainer()
         parts = {"get_input_embeddings": lambda: torch.nn.Embedding(1, 1)}
-        backbone = SimpleNamespace(device=torch.device("cpu"), **parts)
+        config = SimpleNamespace(is_encoder_decoder=False)
+        backbone = SimpleNamespace(device=torch.device("cpu"), config=config, **parts)
         policy = SimpleNamespace(pretrained_model=backbone)
         scores_of = {"in training": (before, after), "held out": held_out}
 
