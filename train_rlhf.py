@@ -1150,13 +1150,14 @@ def base_of(path):
     lora = json.loads(lora.read_text(encoding="utf-8"))
     if lora["task_type"] == "SEQ_CLS":
         raise ValueError("it is the adapter of a classifier")
-    return find_model("MODEL_NAME", lora["base_model_name_or_path"])
+    return find_model("The base of MODEL_NAME", lora["base_model_name_or_path"])
 
 
 def config_of(path):
     """Return the config of a model, or of the one that an adapter is for."""
-    while path != base_of(path):  # an adapter may be for a model that has one itself
-        path = base_of(path)
+    base = base_of(path)
+    if base != path:  # and may have an adapter itself
+        return config_of(base)
     return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
@@ -1695,6 +1696,7 @@ def save_results(report, card, save, draw, folder):
     (new / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(new / "training.png")
     mode = (new / "README.md").stat().st_mode  # safetensors would let nobody else read
+    shutil.rmtree(output / "adapter", ignore_errors=True)  # of the model that is replaced
     for path in [path for path in new.rglob("*") if path.is_file()]:
         path.chmod(mode)
         place = output / path.relative_to(new)
@@ -1709,8 +1711,8 @@ def card_data(report):
         parts = {"held_out": parts}
     for part, figures in parts.items():
         for metric, value in figures.items():
-            if isinstance(value, float):
-                what = report["task"], "own", "prompts", metric, value
+            if isinstance(value, float) and math.isfinite(value):
+                what = report["task"], "unknown", part, metric, value  # of no dataset on the Hub
                 results.append(huggingface_hub.EvalResult(*what, dataset_split=part))
     return huggingface_hub.ModelCardData(
         model_name=Path(report["settings"]["output_dir"]).name,
