@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.cli import hf
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSequenceClassification,
@@ -44,7 +44,12 @@ TEXTS = [  # what prompts and responses may be
     "- 'one': \"two\" `three` # four",
 ]
 SHORT = "--device cpu --dtype float32 --batch-size 4 --training-epochs 0.5"
-FAST = "--learning-rate 3e-2 --target-approx-kl 0 --max-new-tokens 4 --eval-samples 6"
+FAST = "--learning-rate 3e-2 --target-approx-kl 0 --max-new-tokens 4 --eval-samples 12"
+FAST += " --reward reward.py:with_an_e --scale-samples 20"
+REWARD = """
+def with_an_e(prompts, completions, **others):
+    return [float("e" in each) for each in completions]
+"""
 ROWS = [{"instruction": f"Say {n}.", "output": f"I am so happy {n}."} for n in range(12)]
 PAIRS = [{"chosen": f"very good {n}", "rejected": f"very {n} bad"} for n in range(12)]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -92,7 +97,8 @@ def into_cache(place):
 
 @pytest.fixture(scope="module")
 def base(place, demo_model, save_random_model, into_cache):
-    """Return the folder of a tiny random model, which the cache has as some/model."""
+    """Return the folder of a tiny random model, which the cache has as some/model; and a reward."""
+    (place / "reward.py").write_text(REWARD)
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), initializer_range=0.3)
     folder = save_random_model(config, tokenizer, place / "base")
@@ -264,26 +270,30 @@ def test_the_upload_takes_the_results_and_no_checkpoint(ppo, tmp_path, monkeypat
     for name in ("checkpoint/new", "wandb/run", "tensorboard"):
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "file").touch()
-    taken = {}
+    asked = {}
 
-    def create_commit(api, repo_id, operations, **options):
-        taken[repo_id] = {operation.path_in_repo for operation in operations}
-        return SimpleNamespace(commit_url="", pr_url=None)
+    def create_repo(api, **options):
+        return SimpleNamespace(repo_id=options["repo_id"])
+
+    def upload_folder(api, **options):
+        asked.update(options)
 
     monkeypatch.chdir(tmp_path)
-    made = SimpleNamespace(repo_id="some/name")
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda api, **options: made)
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
-    monkeypatch.setattr(huggingface_hub.HfApi, "_validate_yaml", lambda api, **options: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
     line = "upload some/name trained_model . --exclude checkpoint/* --exclude wandb/*"
     result = CliRunner().invoke(hf.app, line.split())
     assert result.exit_code == 0, result.output
+    assert (asked["repo_id"], asked["path_in_repo"]) == ("some/name", ".")
+    patterns = {name: asked[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert asked["folder_path"] == "trained_model"
     left_out = {"checkpoint/lock", "checkpoint/state.pt", "checkpoint/new/file", "wandb/run/file"}
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert files - taken["some/name"] == left_out
+    taken = set(filter_repo_objects(files, **patterns))
+    assert files - taken == left_out
     wanted = {"README.md", "model.safetensors", "config.json", "tokenizer.json", "training.png"}
     wanted |= {"report.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
-    assert wanted <= taken["some/name"] <= files
+    assert wanted <= taken
 
 
 # --------------------------------------------------------------------------------------- the adapter
@@ -356,7 +366,7 @@ def test_no_adapter_stays_that_is_not_the_models(do_run, base):
 def test_the_adapter_of_a_quantized_run_is_for_the_quantized_base(
     build, step, make_settings, base, tmp_path, bits
 ):
-    """That is what it was trained on; on the base as it is it does about the same."""
+    """That is what it was trained on."""
     flags = ["--model-name", str(base), "--quantization", bits, "--learning-rate", "0.01"]
     built = build(make_settings(*flags, "--dtype", "float32"))
     torch.manual_seed(0)
@@ -366,13 +376,9 @@ def test_the_adapter_of_a_quantized_run_is_for_the_quantized_base(
     trained = logits_of(policy)
     train_rlhf.save_model(policy, built.tokenizer, built.settings, tmp_path)
     quantized = train_rlhf.load_base_model(str(base), "cpu", "float32", bits)
-    apart = (logits_of(quantized) - trained).abs().mean()
-    assert torch.allclose(
-        logits_of(PeftModel.from_pretrained(quantized, tmp_path / "adapter")), trained, atol=1e-4
-    )
-    plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert (logits_of(plain) - trained).abs().mean() < apart
-    assert apart > 0.01
+    assert not torch.allclose(logits_of(quantized), trained, atol=0.1)
+    adapted = PeftModel.from_pretrained(quantized, tmp_path / "adapter")
+    assert torch.allclose(logits_of(adapted), trained, atol=1e-4)
 
 
 # ----------------------------------------------------------------------- an adapter as the base model
@@ -393,7 +399,10 @@ def test_a_run_begins_where_its_adapter_ended(chain, do_run, ppo):
     for run in (chain, from_merged):
         assert abs(run.metrics[0]["kl"]) < 1e-4
         assert run.metrics[0]["samples"] == 4
-    assert chain.report["base"] == pytest.approx(from_merged.report["base"], rel=1e-3)
+    for part, figures in chain.report["base"].items():
+        wanted = from_merged.report["base"][part]
+        assert figures.pop("first_sample") == wanted.pop("first_sample")
+        assert figures == pytest.approx(wanted, rel=1e-3)
     weights, wanted = (load_file(run.folder / "model.safetensors") for run in (chain, from_merged))
     assert all(torch.allclose(weights[name], wanted[name], atol=1e-4) for name in wanted)
     assert not huggingface_hub.ModelCard.load(chain.folder / "README.md").data.base_model
