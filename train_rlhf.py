@@ -1155,10 +1155,8 @@ def base_of(path):
 
 def config_of(path):
     """Return the config of a model, or of the one that an adapter is for."""
-    base = base_of(path)
-    if base != path:  # and may have an adapter itself
-        return config_of(base)
-    return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    base, load = base_of(path), transformers.AutoConfig.from_pretrained
+    return config_of(base) if base != path else load(path, trust_remote_code=False)
 
 
 def context_of(path):
@@ -1706,9 +1704,8 @@ def save_results(report, card, save, draw, folder):
 
 def card_data(report):
     """Return what the Hub reads of a model: the head of its card, in YAML."""
-    name, parts, results = report["settings"]["model_name"], report["trained"], []
-    if not isinstance(next(iter(parts.values())), dict):  # one measurement alone
-        parts = {"held_out": parts}
+    name, trained, results = report["settings"]["model_name"], report["trained"], []
+    parts = trained if "train_prompts" in trained else {"held_out": trained}
     for part, figures in parts.items():
         for metric, value in figures.items():
             if isinstance(value, float) and math.isfinite(value):
@@ -1726,6 +1723,10 @@ def card_data(report):
 
 def save_model(model, tokenizer, settings, folder):
     """Save an adapted model as an ordinary one, the adapter merged in, and the tokenizer."""
+    if getattr(model.get_base_model(), "is_quantized", False):  # 4 or 8 bits would lose the update
+        adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        model = peft.get_peft_model(model.unload().dequantize(), model.peft_config["default"])
+        peft.set_peft_model_state_dict(model, adapter)
     if getattr(settings, "save_adapter", True):  # a sibling always does
         lora = model.peft_config["default"]
         lora.base_model_name_or_path = settings.model_name
@@ -1734,10 +1735,6 @@ def save_model(model, tokenizer, settings, folder):
         model.save_pretrained(Path(folder, "adapter"), save_embedding_layers=False)
         Path(folder, "adapter", "README.md").unlink()  # an empty form
         tokenizer.save_pretrained(Path(folder, "adapter"))
-    if getattr(model.get_base_model(), "is_quantized", False):  # 4 or 8 bits would lose the update
-        adapter, lora = peft.get_peft_model_state_dict(model), model.peft_config["default"]
-        model = peft.get_peft_model(model.unload().dequantize(), lora)
-        peft.set_peft_model_state_dict(model, adapter)
     model.merge_and_unload().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -1824,7 +1821,7 @@ The model is beside report.json and training.png. To load it:
 # ------------------------------------------------------------------------------------------- main
 def silence_libraries():
     """Keep what pinned libraries say of themselves off the screen, by name, and nothing else."""
-    noise = r"`PPO(Config|Trainer)` is dep|No dataset is|.*is_gradient_checkpointing|fan_in_fan_out|Reserved keys"
+    noise = r"`PPO(Config|Trainer)` is dep|No dataset is|.*is_gradient_check|fan_in_fan_out|Reserved keys|Merge lora"
     warnings.filterwarnings("ignore", message=noise)
     wrong = ".*tied layer is part of the adapter|Found missing adapter keys"  # can't be merged
     warnings.filterwarnings("error", message=wrong)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+import warnings
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -433,6 +434,18 @@ def test_an_adapter_of_the_hub(do_run, into_cache, ppo, capsys):
     weights, wanted = (load_file(each.folder / "model.safetensors") for each in (run, ppo))
     assert all(torch.allclose(weights[name], wanted[name], atol=1e-5) for name in wanted)
     assert capsys.readouterr().err == ""
+
+
+def test_an_adapter_on_a_quantized_base(do_run, ppo, capsys):
+    """It is merged into the rounded weights, without a word of the libraries; that is the base."""
+    flags = ["--model-name", ppo.folder / "adapter", "--quantization", "4bit", *NO_STEP]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run = do_run(train_rlhf, "quantized", *flags)
+    assert "\n".join(str(warning.message) for warning in told) == ""
+    assert capsys.readouterr().err == ""
+    assert abs(run.metrics[0]["kl"]) < 1e-4
+    assert run.report["trained"]["train_prompts"]["kl"] < 1e-4
 
 
 def test_an_adapter_whose_base_is_missing(ppo, place, tmp_path, capsys):
