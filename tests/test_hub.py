@@ -24,6 +24,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -338,6 +339,21 @@ def test_the_adapter_is_as_small_as_its_rank(ppo):
     assert 4 * values < path.stat().st_size < 4 * values + 200 * len(weights)
     names = {path.name for path in path.parent.iterdir()}
     assert names == {"adapter_config.json", path.name, "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_what_tinyllama_takes_on_disk(shared_model, make_settings):
+    """The adapter has 1.1 % of the model's values, 50.5 MB of float32 beside 2.2 or 4.4 GB."""
+    config = AutoConfig.from_pretrained(shared_model("tinyllama-shape"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        total = model.num_parameters()
+        adapted = train_rlhf.add_adapter(model, make_settings("--lora-rank", "16"))
+    trained, _ = adapted.get_nb_trainable_parameters()
+    width, inner, of_keys = config.hidden_size, config.intermediate_size, config.hidden_size // 8
+    attention = 2 * (width + width) + 2 * (width + of_keys)
+    assert trained == 16 * config.num_hidden_layers * (attention + 3 * (width + inner))
+    assert 4 * trained / 1e6 == pytest.approx(50.5, abs=0.05)
+    assert 2 * total / 1e9 == pytest.approx(2.2, abs=0.05)
 
 
 def test_no_adapter_stays_that_is_not_the_models(do_run, base):
