@@ -1150,14 +1150,13 @@ def base_of(path):
     lora = json.loads(lora.read_text(encoding="utf-8"))
     if lora["task_type"] == "SEQ_CLS":
         raise ValueError("it is the adapter of a classifier")
-    return find_model("MODEL_NAME", lora["base_model_name_or_path"])
+    return find_model("The base of MODEL_NAME", lora["base_model_name_or_path"])
 
 
 def config_of(path):
     """Return the config of a model, or of the one that an adapter is for."""
-    while path != base_of(path):  # an adapter may be for a model that has one itself
-        path = base_of(path)
-    return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    base, load = base_of(path), transformers.AutoConfig.from_pretrained
+    return config_of(base) if base != path else load(path, trust_remote_code=False)
 
 
 def context_of(path):
@@ -1725,6 +1724,7 @@ def save_results(report, card, save, draw, folder):
     (new / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(new / "training.png")
     mode = (new / "README.md").stat().st_mode  # safetensors would let nobody else read
+    shutil.rmtree(output / "adapter", ignore_errors=True)  # of the model that is replaced
     for path in [path for path in new.rglob("*") if path.is_file()]:
         path.chmod(mode)
         place = output / path.relative_to(new)
@@ -1734,13 +1734,12 @@ def save_results(report, card, save, draw, folder):
 
 def card_data(report):
     """Return what the Hub reads of a model: the head of its card, in YAML."""
-    name, parts, results = report["settings"]["model_name"], report["trained"], []
-    if not isinstance(next(iter(parts.values())), dict):  # one measurement alone
-        parts = {"held_out": parts}
+    name, trained, results = report["settings"]["model_name"], report["trained"], []
+    parts = trained if "train_prompts" in trained else {"held_out": trained}
     for part, figures in parts.items():
         for metric, value in figures.items():
-            if isinstance(value, float):
-                what = report["task"], "own", "prompts", metric, value
+            if isinstance(value, float) and math.isfinite(value):
+                what = report["task"], "unknown", part, metric, value  # of no dataset on the Hub
                 results.append(huggingface_hub.EvalResult(*what, dataset_split=part))
     return huggingface_hub.ModelCardData(
         model_name=Path(report["settings"]["output_dir"]).name,
@@ -1754,6 +1753,10 @@ def card_data(report):
 
 def save_model(model, tokenizer, settings, folder):
     """Save an adapted model as an ordinary one, the adapter merged in, and the tokenizer."""
+    if getattr(model.get_base_model(), "is_quantized", False):  # 4 or 8 bits would lose the update
+        adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        model = peft.get_peft_model(model.unload().dequantize(), model.peft_config["default"])
+        peft.set_peft_model_state_dict(model, adapter)
     if getattr(settings, "save_adapter", True):  # a sibling always does
         lora = model.peft_config["default"]
         lora.base_model_name_or_path = settings.model_name
@@ -1762,10 +1765,6 @@ def save_model(model, tokenizer, settings, folder):
         model.save_pretrained(Path(folder, "adapter"), save_embedding_layers=False)
         Path(folder, "adapter", "README.md").unlink()  # an empty form
         tokenizer.save_pretrained(Path(folder, "adapter"))
-    if getattr(model.get_base_model(), "is_quantized", False):  # 4 or 8 bits would lose the update
-        adapter, lora = peft.get_peft_model_state_dict(model), model.peft_config["default"]
-        model = peft.get_peft_model(model.unload().dequantize(), lora)
-        peft.set_peft_model_state_dict(model, adapter)
     model.merge_and_unload().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -1853,7 +1852,7 @@ The model is beside report.json and training.png. To load it:
 def silence_libraries():
     """Keep what pinned libraries say of themselves off the screen, by name, and nothing else."""
     noise = "`PPO(Config|Trainer)` is dep|No dataset is|.*is_gradient_checkpointing|fan_in_fan_out"
-    noise += "|IProgress|Reserved keys"  # of tqdm in a notebook, of trackio
+    noise += "|IProgress|Reserved keys|Merge lora"  # of tqdm in a notebook, trackio, 4 bits
     noise += "|The following (rank|alpha)_pattern"  # of experts, which PEFT adapts all the same
     warnings.filterwarnings("ignore", message=noise)
     wrong = ".*tied layer is part of the adapter|Found missing adapter keys"  # can't be merged
