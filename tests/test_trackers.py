@@ -303,7 +303,7 @@ def test_wandb_that_is_disabled_does_nothing(make_settings, monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     with train_rlhf.open_trackers(make_settings("--report-to", "wandb"), 0) as track:
         track({"step": 1}, [{"prompt": "Life is", "response": " good"}])
-    assert [*tmp_path.iterdir()] == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert capsys.readouterr() == ("", "")
 
 
