@@ -28,6 +28,12 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def joined():
+    """Give accelerate its state, as a run does before anything else."""
+    train_rlhf.join_processes("cpu")
+
+
 # ------------------------------------------------------------------------- what each has been told
 def read_tensorboard(folder):
     """Return {step: {name: value}}."""
