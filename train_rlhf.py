@@ -686,12 +686,12 @@ def kl_minimum(score, base_scores):
 def load_reward(settings, rows, device):
     """Return the function from rows and texts to scores, tried on two, and its scale or None."""
     name, scale, of_texts = settings.reward, None, False
-    functions = {each.__name__: each for each in globals().values() if inspect.isfunction(each)}
-    if name == "positive_word_reward":
+    own = {one.__name__: one for one in reversed(globals().values()) if inspect.isfunction(one)}
+    if own.get(name) is positive_word_reward:  # and no other that REWARD is, which comes last there
         function = partial(positive_word_reward, positive_words=settings.positive_words)
         scale, of_texts = AS_IT_IS | {"threshold": 0.0}, True
-    elif name in functions:  # of the script, or a notebook
-        function = functions[name]
+    elif name in own:  # of the script, or a notebook
+        function = own[name]
     elif ".py" in name:
         with blame("REWARD", name, "give FILE.py:FUNCTION"):
             path, _, function_name = name.rpartition(":")
@@ -1162,7 +1162,8 @@ def config_of(path):
 
 def context_of(path):
     """Return how many tokens a model takes, infinity where it has no limit."""
-    return getattr(config_of(path), "max_position_embeddings", None) or math.inf
+    config = config_of(path).get_text_config()
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def load_tokenizer(path):
@@ -1225,7 +1226,32 @@ def make_policy(model, tokenizer, settings):
     adapted = add_adapter(model, settings)  # without dropout: the ratio of a policy to itself is 1
     kind = "Seq2Seq" if model.config.is_encoder_decoder else "Causal"
     kind = joined(PolicyWithValueHead, getattr(trl, f"AutoModelFor{kind}LMWithValueHead"))
-    return kind(adapted, settings.temperature).to(model.device).eval()
+    with blame("MODEL_NAME", settings.model_name, "name a model of another family, as Llama"):
+        if model.config.get_text_config() is not model.config:
+            raise ValueError("it takes pictures or sound too")
+        policy = kind(adapted, settings.temperature).to(model.device).eval()
+        try_policy(policy, tokenizer)
+    return policy
+
+
+def try_policy(policy, tokenizer, length=3):
+    """Refuse a model that says something else where its prompt is padded, or knows what follows."""
+    device = policy.pretrained_model.device
+    query = tokenizer("I am so very glad today", return_tensors="pt")["input_ids"][0]
+    queries = [query[:2], query]  # beside the second the first is padded
+    inputs = tokenizer.pad({"input_ids": queries}, return_tensors="pt")
+    options = {"min_new_tokens": length, "max_new_tokens": length, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        said = policy.pretrained_model.generate(**inputs.to(device), **options)
+        logits = torch.stack(said.logits, dim=1)[0].float() / policy.temperature
+        for count in (1, 2):
+            responses = [*said.sequences[:count, -length:].cpu()]
+            inputs, mask = pad_batch(tokenizer, queries[:count], responses, device)
+            all_logprobs, _ = policy(**inputs, earned=mask.float())
+            difference = (torch.softmax(logits, dim=-1) - all_logprobs[0].exp()).abs()
+            if difference.sum(-1).mean() > 0.2:  # of 2; rounding to 16 bits makes less than 0.04
+                raise ValueError("padding, or what follows, changes its probabilities")
 
 
 def add_adapter(model, settings, **options):
@@ -1279,9 +1305,13 @@ def load_weights(kind, path, new_head=False, **options):
         lacking = {name for name in lacking if name.startswith(f"{model.base_model_prefix}.")}
     if lacking:  # transformers would go on with random numbers
         raise ValueError(f"it lacks weights such as {min(lacking)}")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer and quantizer.pre_quantized:  # it could not be saved
+        raise ValueError("it is quantized already, take the model that it was made from")
+    kinds = {getattr(module, "source_cls", None) for module in model.modules()}  # before it was
+    if quantizer and (kinds == {None} or transformers.pytorch_utils.Conv1D in kinds):
+        raise ValueError("it could not be saved after QUANTIZATION, give none for that")
     for module in model.modules():
-        if getattr(module, "source_cls", None) is transformers.pytorch_utils.Conv1D:  # of GPT-2
-            raise ValueError("it could not be saved after QUANTIZATION, give none for that")
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # bitsandbytes would repack for good
     for name, weight in model.named_parameters():
@@ -1830,7 +1860,9 @@ The model is beside report.json and training.png. To load it:
 # ------------------------------------------------------------------------------------------- main
 def silence_libraries():
     """Keep what pinned libraries say of themselves off the screen, by name, and nothing else."""
-    noise = r"`PPO(Config|Trainer)` is dep|No dataset is|.*is_gradient_checkpointing|fan_in_fan_out|Reserved keys"
+    noise = "`PPO(Config|Trainer)` is dep|No dataset is|.*is_gradient_checkpointing|fan_in_fan_out"
+    noise += "|IProgress|Reserved keys"  # of tqdm in a notebook, of trackio
+    noise += "|The following (rank|alpha)_pattern"  # of experts, which PEFT adapts all the same
     warnings.filterwarnings("ignore", message=noise)
     wrong = ".*tied layer is part of the adapter|Found missing adapter keys"  # can't be merged
     warnings.filterwarnings("error", message=wrong)

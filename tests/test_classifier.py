@@ -200,7 +200,7 @@ def test_a_language_model_as_reward(refused, demo_model):
 def test_a_classifier_as_the_model(refused, classifier):
     line = refused("--model-name", classifier)
     assert line.startswith(f"- MODEL_NAME is {train_rlhf.shorten(classifier)}: it can't be used")
-    remedy = "name a causal language model with config.json, *.safetensors and a tokenizer"
+    remedy = "name a language model with config.json, *.safetensors and a tokenizer"
     assert line.endswith(f"(it is a LlamaForSequenceClassification): {remedy}")
 
 

@@ -391,7 +391,7 @@ def change_weights(change):
 )  # fmt: skip
 def test_a_model_that_cannot_be_loaded(refused, copy_of_demo_model, spoil, reason):
     spoil(copy_of_demo_model)
-    remedy = "name a causal language model with config.json, *.safetensors and a tokenizer"
+    remedy = "name a language model with config.json, *.safetensors and a tokenizer"
     (line,) = refused("--model-name", "copy")
     start, end = "- MODEL_NAME is copy: it can't be used (", f"): {remedy}"
     assert line.startswith(start) and line.endswith(end)
@@ -470,7 +470,7 @@ def test_a_reward_that_is_not_there(refused, demo_model, name):
     ("flag", "name", "found", "remedy"),
     [
         ("--reward", "copy", "LlamaForCausalLM", "name a sequence classifier"),
-        ("--model-name", "judge", "LlamaForSequenceClassification", "name a causal language model"),
+        ("--model-name", "judge", "LlamaForSequenceClassification", "name a language model"),
     ],
 )
 def test_a_model_of_the_other_kind(
