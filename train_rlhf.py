@@ -1636,8 +1636,10 @@ def open_trackers(settings, done):
             with redirect_stdout(io.StringIO()):  # trackio has much to say
                 trackers[name].start()
         except Exception as error:
-            reason = f"REPORT_TO is {name}: it does not start ({shorten(error, 200)})"
-            raise RunError(f"{reason}: leave it out, or mend that") from error
+            problem = (
+                f"REPORT_TO is {name}: it does not start ({shorten(error, 200)}): leave it out"
+            )
+            raise RunError(problem) from error
 
     def track(record, samples):
         texts = [each | {"prompt": last_said(each["prompt"])} for each in samples]
@@ -1649,9 +1651,8 @@ def open_trackers(settings, done):
             try:
                 tracker.log(figures, step=record["step"])
             except Exception as error:  # for which no run has to end
+                print(f"\n{name} gets no more metrics: {shorten(error)}", file=sys.stderr)
                 del trackers[name]
-                problem = f"{name} gets no more, since it failed ({shorten(error, 200)})"
-                print(f"\n{problem}; metrics.jsonl has all", file=sys.stderr)
 
     try:
         yield track

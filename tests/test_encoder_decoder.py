@@ -22,12 +22,21 @@ from transformers import (
     T5Config,
 )
 
-import train_reward_model
+import make_instructions
 import train_rlhf
 import train_sft
 
 PROMPTS = ["I feel so", "Today I am really tired, and it", "Life is"]  # of unequal lengths
-FLAGS = ["--device", "cpu", "--batch-size", "3", "--max-new-tokens", "6", "--learning-rate", "0.01"]
+FLAGS = [
+    "--device",
+    "cpu",
+    "--batch-size",
+    "3",
+    "--max-new-tokens",
+    "6",
+    "--learning-rate",
+    "0.003",
+]
 FLAGS += ["--prompts", *PROMPTS, "--eval-prompts", "--eval-samples", "6"]
 TEMPERATURE = 0.8
 FLAGS += ["--temperature", str(TEMPERATURE)]
@@ -212,7 +221,7 @@ def test_a_response_ends_with_the_end_token_and_has_no_start_token(make, folder)
         head = built.policy.pretrained_model.get_output_embeddings()
         forward = head.forward
         bias = torch.zeros(len(built.tokenizer))
-        bias[end] = 5.0
+        bias[end] = 8.0
         head.forward = lambda hidden: forward(hidden) + bias
     _, _, responses, texts = respond(built)
     assert all(len(response) < 40 and response[-1] == end for response in responses)
@@ -311,12 +320,12 @@ def test_a_step_with_smaller_weights(make, folders, tmp_path, flags):
     before = weights_of(built)
     assert take_step(built)["skipped_updates"] == 0
     assert not all(torch.equal(before[name], each) for name, each in weights_of(built).items())
-    said = greedy(built.policy.pretrained_model, built.tokenizer)
     train_rlhf.save_model(
         built.policy.pretrained_model, built.tokenizer, built.settings, tmp_path / "saved"
     )
     saved = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "saved")
-    assert [*map(len, greedy(saved, built.tokenizer))] and len(said) == 3
+    assert not getattr(saved, "is_quantized", False)
+    assert len(greedy(saved, built.tokenizer)) == 3
 
 
 # -------------------------------------------------------------------------------------- what is saved
@@ -382,3 +391,13 @@ def test_screen_and_card_tell_how_to_load_it(learned, monkeypatch):
 
 
 # ------------------------------------------------------------------------------- the other scripts
+@pytest.mark.parametrize("script", [train_sft, make_instructions], ids=lambda each: each.__name__)
+def test_what_continues_texts_is_refused_one(script, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "I am happy."}\n{"text": "I am sad."}\n')
+    flags = ["--data", "rows.jsonl"] if script is train_sft else []
+    assert script.main(["--model-name", str(folder), "--device", "cpu", *flags]) == 2
+    first, line = capsys.readouterr().err.splitlines()
+    assert first == "Nothing was started or changed:"
+    assert line.startswith(f"- MODEL_NAME is {train_rlhf.shorten(folder)}: it can't be used (")
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
