@@ -1636,9 +1636,7 @@ def open_trackers(settings, done):
             with redirect_stdout(io.StringIO()):  # trackio has much to say
                 trackers[name].start()
         except Exception as error:
-            problem = (
-                f"REPORT_TO is {name}: it does not start ({shorten(error, 200)}): leave it out"
-            )
+            problem = f"REPORT_TO is {name}: it does not start ({shorten(error)}): leave it out"
             raise RunError(problem) from error
 
     def track(record, samples):
