@@ -333,7 +333,10 @@ def test_a_tracker_that_fails_on_the_way_is_left_out_and_told_once(
             raise ConnectionError("the service has ended")
         self.told.append((step, values))
 
-    def finish():
+    ended = []
+
+    def finish():  # of the library: without it trackio would have more to say at the very end
+        ended.append("trackio")
         raise ConnectionError("the service has ended")
 
     monkeypatch.setattr(WandBTracker, "log", log)
@@ -346,4 +349,5 @@ def test_a_tracker_that_fails_on_the_way_is_left_out_and_told_once(
         name: [step for step, _ in started[name]["tracker"].told] for name in settings.report_to
     }
     assert told == {"wandb": [1], "trackio": [1, 2, 3]}
+    assert ended == ["trackio"]
     assert capsys.readouterr().err == "\nwandb gets no more metrics: the service has ended\n"
