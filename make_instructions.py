@@ -496,7 +496,7 @@ RULES = [  # what to give for a constant, its limits, whether --resume may chang
 
 def check_machine(device, dtype):
     """Refuse a device or a dtype that is not there, and several processes."""
-    check_installed(device, dtype, "none")
+    check_installed(device, dtype, [])
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise SettingsError(f"WORLD_SIZE is {processes}: start a single process, with python alone")

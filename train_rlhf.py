@@ -1621,35 +1621,42 @@ def open_metrics(settings, metrics, total):
 def open_trackers(settings, done):
     """Yield a function that hands a record, and samples as a table, to all that REPORT_TO names."""
     folder, trackers = Path(settings.output_dir), {}
-    latest = (folder / "wandb" / "latest-run").resolve().name  # ends in the run's id
+    ids = [path.stem.partition("-")[2] for path in folder.glob("wandb/*/run-*.wandb")]  # all one
     of_all = {"run_name": "train_rlhf", "name": folder.name, "config": vars(settings)}
     of_all["resume"] = "allow" if done else "never"
     options = {
         "tensorboard": {"run_name": "tensorboard", "logging_dir": folder, "purge_step": done + 1},
-        "wandb": of_all | {"dir": folder, "id": latest.rpartition("-")[2] if done else None},
+        "wandb": of_all | {"dir": folder, "id": ids[0] if ids else None},
         "trackio": of_all,
     }
     for name in settings.report_to:
         trackers[name] = accelerate.tracking.LOGGER_TYPE_TO_CLASS[name](**options[name])
-        with redirect_stdout(io.StringIO()):  # trackio has much to say
-            trackers[name].start()
+        try:
+            with redirect_stdout(io.StringIO()):  # trackio has much to say
+                trackers[name].start()
+        except Exception as error:
+            problem = f"REPORT_TO is {name}: it does not start ({shorten(error)}): leave it out"
+            raise RunError(problem) from error
 
     def track(record, samples):
-        figures = {**record}
         texts = [each | {"prompt": last_said(each["prompt"])} for each in samples]
-        for name, tracker in trackers.items():
-            table = getattr(importlib.import_module(name), "Table", None)
-            if table and texts:
+        for name, tracker in [*trackers.items()]:
+            figures, library = {**record}, importlib.import_module(name)
+            if texts and hasattr(library, "Table"):
                 data = [[*each.values()] for each in texts]
-                figures["responses"] = table(columns=[*texts[0]], data=data)
-            tracker.log(figures, step=record["step"])
+                figures["responses"] = library.Table(columns=[*texts[0]], data=data)
+            try:
+                tracker.log(figures, step=record["step"])
+            except Exception as error:  # for which no run has to end
+                print(f"\n{name} gets no more metrics: {shorten(error)}", file=sys.stderr)
+                del trackers[name]
 
     try:
         yield track
     finally:
         for name, tracker in trackers.items():
             finish = getattr(importlib.import_module(name), "finish", tracker.finish)
-            with redirect_stdout(io.StringIO()):
+            with suppress(Exception), redirect_stdout(io.StringIO()):
                 finish()
 
 
