@@ -167,7 +167,7 @@ def run(settings):
             state = load_checkpoint(*learner, settings, RULES, count_steps(settings, rows), files)
             metrics, scale = state["metrics"], state["scale"]
         announce(policy, settings, device, dtype, rows, eval_rows, given, metrics)
-        scale = scale or measure_scale(policy, tokenizer, reward, rows, settings)
+        scale = scale or measure_scale(trainer, policy, reward, rows, settings)
         save = partial(save_checkpoint, *learner, settings, metrics, scale=scale, files=files)
         if settings.success_threshold != "auto":
             scale = scale | {"threshold": settings.success_threshold}
@@ -551,29 +551,15 @@ def give_up_on_bad_numbers(metrics, remedy=""):
 
 
 # --------------------------------------------------------------------------------- the measurement
-def rows_to_measure(rows, samples):
-    """Return the rows of that many samples, or a few more: each of them as often, in order."""
-    rows = rows[:: math.ceil(len(rows) / samples)]  # of many, some
-    return [row for row in rows for _ in range(math.ceil(samples / len(rows)))]
-
-
 AS_IT_IS = {"mean": 0.0, "deviation": 1.0, "graded": False, "threshold": None}  # no scale at all
 
 
-def measure_scale(policy, tokenizer, reward, rows, settings):
+def measure_scale(trainer, policy, reward, rows, settings):
     """Return what on_scale needs and a success's threshold, from samples of the base model."""
     if not settings.scale_samples:
         return AS_IT_IS
-
-    def act(rows, numbers):
-        queries = encode(tokenizer, rows, settings.chat_template)
-        _, texts = rollout(policy, tokenizer, queries, numbers, settings.eval_batch_size)
-        return (reward(rows, texts),)
-
-    asked = rows_to_measure(rows, settings.scale_samples)
-    numbers = random_numbers((settings.seed, 0, 0), asked, settings.max_new_tokens)
-    (scores,) = share_out(act, asked, numbers)
-    scores = torch.tensor(scores, dtype=torch.float64)
+    samples = settings.scale_samples
+    _, scores = measure(trainer, policy, reward, AS_IT_IS, rows, settings, samples, 0, base=True)
     if len(scores.unique()) <= 2:  # a rule is left as it is; its higher score is a success
         values = " or ".join(f"{value:g}" for value in scores.unique().tolist())
         print(f"Scale     the base model's samples score {values}: left as it is\n", flush=True)
@@ -592,13 +578,12 @@ def on_scale(scores, scale):
 
 def make_report(trainer, policy, tokenizer, reward, scale, rows, eval_rows, settings, metrics):
     """Return the content of report.json, and the base model's scores on the training's prompts."""
-    print(f"\nMeasuring before and after, {settings.eval_samples} samples each time", flush=True)
+    samples = settings.eval_samples
+    print(f"\nMeasuring before and after, {samples} samples each time", flush=True)
     base, trained, base_scores = {}, {}, {}
     for number, part, asked in ((1, "train_prompts", rows), (2, "eval_prompts", eval_rows)):
         if asked:
-            asked = rows_to_measure(asked, settings.eval_samples)
-            numbers = random_numbers((settings.seed, 0, number), asked, settings.max_new_tokens)
-            measured = trainer, policy, tokenizer, reward, scale, asked, numbers, settings
+            measured = trainer, policy, reward, scale, asked, settings, samples, number
             base[part], base_scores[part] = measure(*measured, base=True)
             trained[part], scores = measure(*measured)
             wins = (torch.sign(scores - base_scores[part]) + 1) / 2  # for a prompt; a tie is a half
@@ -620,14 +605,17 @@ def make_report(trainer, policy, tokenizer, reward, scale, rows, eval_rows, sett
     return report, base_scores["train_prompts"]
 
 
-def measure(trainer, policy, tokenizer, reward, scale, rows, numbers, settings, base=False):
-    """Return the figures of the model, or the base model, on responses to rows, and the scores."""
+def measure(trainer, policy, reward, scale, rows, settings, samples, number, base=False):
+    """Return the figures of the model, or the base model, on so many responses, and their scores."""
+    rows = rows[:: math.ceil(len(rows) / samples)]  # of many, some; each of them as often, in order
+    rows = [row for row in rows for _ in range(math.ceil(samples / len(rows)))]
+    numbers = random_numbers((settings.seed, 0, number), rows, settings.max_new_tokens)
 
     def act(rows, numbers):
-        queries = encode(tokenizer, rows, settings.chat_template)
+        queries = encode(trainer.tokenizer, rows, settings.chat_template)
         with trainer.optional_peft_ctx() if base else nullcontext():
             size = settings.eval_batch_size
-            responses, texts = rollout(policy, tokenizer, queries, numbers, size)
+            responses, texts = rollout(policy, trainer.tokenizer, queries, numbers, size)
         kls, ref_logprobs = compare_with_base(trainer, policy, queries, responses, base)
         return texts, reward(rows, texts), kls, ref_logprobs, [len(each) for each in responses]
 

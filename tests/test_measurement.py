@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
 import train_rlhf
-from train_rlhf import kl_minimum, rows_to_measure
+from train_rlhf import kl_minimum
 
 METRICS = [{"samples": 60, "seconds": 3.0}]  # of a run, as far as the report needs them
 UNSCALED = {"mean": 0.0, "deviation": 1.0, "graded": False, "threshold": None}
@@ -215,10 +215,8 @@ def graded(rows, texts):
 
 def measure(built, rows, reward=graded, scale=PLAIN, base=False):
     """Return the figures and the scores of a measurement as make_report takes it."""
-    settings, rows = built.settings, rows_to_measure(rows, built.settings.eval_samples)
-    numbers = train_rlhf.random_numbers((settings.seed, 0, 1), rows, settings.max_new_tokens)
-    parts = built.trainer, built.policy, built.tokenizer, reward, scale, rows, numbers, settings
-    return train_rlhf.measure(*parts, base=base)
+    parts = built.trainer, built.policy, reward, scale, rows, built.settings
+    return train_rlhf.measure(*parts, built.settings.eval_samples, 1, base=base)
 
 
 def make_report(built, reward=graded):
@@ -409,6 +407,7 @@ def test_an_untrained_policy_has_not_learned(build, make_settings, capsys):
 class Trainer:
     """What a report asks of a trainer besides its numbers."""
 
+    tokenizer = None
     is_base = False
 
     @contextmanager
@@ -438,10 +437,6 @@ def report_of(make_settings, monkeypatch):
         policy = SimpleNamespace(pretrained_model=backbone)
         scores_of = {"in training": (before, after), "held out": held_out}
 
-        def rows_to_measure(rows, samples):
-            (row,) = rows
-            return rows * len(scores_of[row["prompt"]][0])
-
         def rollout(policy, tokenizer, queries, numbers, size):
             assert len(queries) == len(numbers)
             scores = scores_of[queries[0]][not trainer.is_base]
@@ -450,10 +445,12 @@ def report_of(make_settings, monkeypatch):
         def compare_with_base(trainer, policy, queries, responses, base):
             return [0.0 if base else kl] * len(queries), [0.0] * len(queries)
 
-        for function in (rows_to_measure, encode, rollout, compare_with_base):
+        for function in (encode, rollout, compare_with_base):
             monkeypatch.setattr(train_rlhf, function.__name__, function)
         rows, eval_rows = [{"prompt": "in training"}], [{"prompt": "held out"}]
-        scale, settings = PLAIN | {"threshold": threshold}, make_settings("--max-new-tokens", "8")
+        samples = ["--eval-samples", str(len(before))]
+        settings = make_settings("--max-new-tokens", "8", *samples)
+        scale = PLAIN | {"threshold": threshold}
         parts = trainer, policy, None, lambda rows, texts: [*map(float, texts)], scale
         sets = rows, eval_rows if held_out else []
         report, base_scores = train_rlhf.make_report(*parts, *sets, settings, METRICS)
@@ -531,7 +528,7 @@ def test_the_win_rate_is_of_pairs_and_a_tie_counts_half(report_of):
 @pytest.mark.parametrize("threshold", [0.0, None])
 def test_each_part_of_a_report_has_the_least_kl_from_its_own_base_scores(report_of, threshold):
     before, after = GRADED["normal"].double(), GRADED["normal"].double() + 7
-    held_out = plus_minus_one(0.25, 200), plus_minus_one(0.6, 200)
+    held_out = plus_minus_one(0.25, 60), plus_minus_one(0.6, 60)
     report = report_of(before, after, held_out=held_out, threshold=threshold)
     parts = report["trained"]["train_prompts"], report["trained"]["eval_prompts"]
     wanted = kl_minimum(after.mean(), before), of_success_rates(0.6, 0.25)
@@ -555,19 +552,22 @@ def scale_of(make_settings, monkeypatch, capsys):
     def make(scores, *flags):
         asked = []
 
-        def rows_to_measure(rows, samples):
-            asked.append(samples)
-            return rows * len(scores)
-
         def rollout(policy, tokenizer, queries, numbers, size):
             assert len(queries) == len(numbers) == len(scores)
-            return None, scores
+            asked.append(len(queries))
+            return [torch.tensor([1])] * len(queries), [str(score) for score in scores]
 
-        for function in (rows_to_measure, encode, rollout):
+        def compare_with_base(trainer, policy, queries, responses, base):
+            return [0.0] * len(queries), [0.0] * len(queries)
+
+        def reward(rows, texts):
+            return [*map(float, texts)]
+
+        for function in (encode, rollout, compare_with_base):
             monkeypatch.setattr(train_rlhf, function.__name__, function)
-        settings = make_settings(*flags)
+        settings = make_settings("--scale-samples", str(len(scores)), *flags)
         rows = [{"prompt": "Life is"}]
-        scale = train_rlhf.measure_scale(None, None, lambda rows, texts: texts, rows, settings)
+        scale = train_rlhf.measure_scale(Trainer(), None, reward, rows, settings)
         assert asked == [settings.scale_samples] * (settings.scale_samples > 0)
         assert ("becomes 0 ± 1" in capsys.readouterr().out) == scale["graded"]
         return scale
@@ -639,7 +639,7 @@ def test_what_tokens_earn_is_on_the_scale_of_the_base_models_own_samples(
     scales = []
     for seed in range(2):
         torch.manual_seed(seed)  # whatever happened before
-        parts = built.policy, built.tokenizer, reward, built.rows, built.settings
+        parts = built.trainer, built.policy, reward, built.rows, built.settings
         scales.append(train_rlhf.measure_scale(*parts))
     assert sizes == [450] * 2  # a single call for all samples
     assert scales[0] == scales[1]

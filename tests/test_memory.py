@@ -75,14 +75,12 @@ def largest_rows(wide, build, roll_out, step, make_settings):
         built = build(make_settings("--model-name", str(wide), *map(str, sizes), *more))
         rows = [built.rows[n % len(built.rows)] for n in range(batch_size)]
         queries = train_rlhf.encode(built.tokenizer, rows, chat_template=False)
-        numbers = train_rlhf.random_numbers((0, 0, 1), rows, LENGTH)
         measured = (
             built.trainer,
             built.policy,
-            built.tokenizer,
             lambda rows, texts: [0.0] * len(rows),
         )
-        measured += train_rlhf.AS_IT_IS, rows, numbers, built.settings
+        measured += train_rlhf.AS_IT_IS, rows, built.settings, batch_size, 1
         found = []
         with Largest(5000) as largest:
             responses, _ = roll_out(built, queries)
