@@ -146,10 +146,9 @@ REPORT_TO = []  # tensorboard, wandb, trackio: the metrics there too (pip instal
 # ----------------------------------------------------------------------------------------- the run
 def run(settings):
     """Do the whole run: load, train with PPO, measure before and after, save, show."""
-    rows, eval_rows, left_out = read_prompts(
+    rows, eval_rows, given = read_prompts(
         settings.prompts, settings.eval_prompts, settings.prompt_field, settings.seed
     )
-    given = len(rows) + len(eval_rows) + left_out
     files = hash_files(settings.prompts)
     if settings.resume:  # look before anything is loaded
         check_resume(settings, RULES, count_steps(settings, rows), files)
@@ -778,7 +777,7 @@ FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".p
 
 
 def read_prompts(prompts, eval_prompts, prompt_field, seed):
-    """Return the rows to train on, the rows held out, and how many were empty or there already."""
+    """Return the rows to train on, the rows held out, and how many there were with doublets."""
     ends = eval_prompts[:1] + eval_prompts[5:]  # of those above, which suit no file
     holds_out = ends == ["Right now I am", "I woke up feeling"] and any(map(is_file, prompts))
     rows = read_rows("PROMPTS", prompts, prompt_field)
@@ -792,7 +791,7 @@ def read_prompts(prompts, eval_prompts, prompt_field, seed):
     if holds_out and count > 1:
         rows = [rows[index] for index in numpy.random.default_rng(seed).permutation(count)]
         eval_rows, rows = rows[: math.ceil(count / 10)], rows[math.ceil(count / 10) :]
-    return rows, eval_rows, len(given) - len(unique)
+    return rows, eval_rows, len(given)
 
 
 def is_file(entry):
@@ -1358,14 +1357,13 @@ def claim_output(folder, resume):
     output, new = Path(folder), Path(folder, "checkpoint", "new")
     lock = FileLock(output / "checkpoint" / "lock", blocking=False)  # free when the process ends
     try:
-        lock.acquire()
-        earlier = [path for path in output.rglob("*") if path.is_file() and path.name != "lock"]
+        with lock:
+            earlier = [path for path in output.rglob("*") if path.is_file() and path.name != "lock"]
         if earlier and not resume:
-            lock.release()
             number = next(n for n in itertools.count(1) if not Path(f"{output}-{n}").exists())
             output.rename(f"{output}-{number}")
             print(f"The earlier run in {output}/ was moved to {output}-{number}/")
-            lock.acquire()
+        lock.acquire()
     except OSError as error:
         reason = error.strerror or "another run is writing there"
         raise SettingsError(f"OUTPUT_DIR is {output}: {reason}: name another folder") from error

@@ -41,7 +41,8 @@ def write(tmp_path, monkeypatch):
 
 
 def read(*prompts, eval_prompts=(), field="auto", seed=0):
-    return train_rlhf.read_prompts([*prompts], [*eval_prompts], field, seed)
+    rows, eval_rows, given = train_rlhf.read_prompts([*prompts], [*eval_prompts], field, seed)
+    return rows, eval_rows, given - len(rows) - len(eval_rows)
 
 
 def read_file(*prompts, field="auto"):
