@@ -64,6 +64,7 @@ EVAL_EVERY = 25  # steps between two held-out accuracies; 0 = only before and af
 EVAL_BATCH_SIZE = 32  # held-out texts at once; less saves memory
 LOG_EVERY = 10  # steps between two lines of progress in a log file
 SAVE_EVERY = 50  # steps between two checkpoints; 0 = only where the run ends or is stopped
+SAVE_ADAPTER = True  # the LoRA adapter alone, for PEFT, in adapter/ beside the model; False = off
 RESUME = False  # go on from the checkpoint in OUTPUT_DIR
 REPORT_TO = []  # tensorboard, wandb, trackio: the metrics there too (pip install them); [] = off
 

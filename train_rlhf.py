@@ -134,11 +134,11 @@ MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0 = off
 
 # --- Run
 SEED = 0  # the same seed on the same machine gives the same run
-SAVE_ADAPTER = True  # the LoRA adapter alone, for PEFT, in adapter/ beside the model; False = off
 EVAL_SAMPLES = 240  # responses in each of the four measurements at the end, spread over the prompts
 EVAL_BATCH_SIZE = 40  # responses generated at once there; less saves memory
 LOG_EVERY = 5  # steps between two samples shown, and two lines of progress in a log file
 SAVE_EVERY = 10  # steps between two checkpoints; 0 = only where the run ends or is stopped
+SAVE_ADAPTER = True  # the LoRA adapter alone, for PEFT, in adapter/ beside the model; False = off
 RESUME = False  # go on from the checkpoint in OUTPUT_DIR
 REPORT_TO = []  # tensorboard, wandb, trackio: the metrics there too (pip install them); [] = off
 
@@ -1750,7 +1750,7 @@ def save_model(model, tokenizer, settings, folder):
         adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         model = peft.get_peft_model(model.unload().dequantize(), model.peft_config["default"])
         peft.set_peft_model_state_dict(model, adapter)
-    if getattr(settings, "save_adapter", True):  # a sibling always does
+    if settings.save_adapter:
         lora = model.peft_config["default"]
         lora.base_model_name_or_path = settings.model_name
         kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"

@@ -74,6 +74,7 @@ EVAL_BATCH_SIZE = 16  # held-out examples at once; less saves memory
 MAX_NEW_TOKENS = 40  # length in tokens, at most, of the answers that are shown
 LOG_EVERY = 10  # steps between two lines of progress in a log file
 SAVE_EVERY = 50  # steps between two checkpoints; 0 = only where the run ends or is stopped
+SAVE_ADAPTER = True  # the LoRA adapter alone, for PEFT, in adapter/ beside the model; False = off
 RESUME = False  # go on from the checkpoint in OUTPUT_DIR
 REPORT_TO = []  # tensorboard, wandb, trackio: the metrics there too (pip install them); [] = off
 
@@ -513,7 +514,7 @@ def summarize(report, folder):
 Loss: {base["loss"]:.3f} before, {trained["loss"]:.3f} after, in nats a token, each token counting
 alike, over {trained["tokens"]} tokens of {trained["examples"]} held-out answers.{advice}
 
-The model is beside report.json and training.png, its adapter alone in adapter/. To load it:
+The model is beside report.json and training.png. To load it:
 
     from transformers import pipeline
 
@@ -532,7 +533,7 @@ STAGE_RULES = [  # what to give for a constant, its limits, whether --resume may
     ("a list of texts, none empty", 1, False, "LORA_TARGETS"),
     ("a list of texts, none empty", 0, True, "REPORT_TO"),
     ("True or False", None, False, "GROUP_BY_LENGTH"),
-    ("True or False", None, True, "RESUME GRADIENT_CHECKPOINTING"),
+    ("True or False", None, True, "RESUME GRADIENT_CHECKPOINTING SAVE_ADAPTER"),
     ("a whole number", (1, 10**6), False, "LORA_ALPHA BATCH_SIZE"),
     ("a whole number", (2, 10**6), False, "MAX_LENGTH"),
     ("a whole number", (1, 10**6), True, "EVAL_BATCH_SIZE LOG_EVERY"),

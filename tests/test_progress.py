@@ -351,6 +351,7 @@ def test_the_snippet_that_loads_the_model_is_python_that_quotes_what_it_is_given
     measured |= {"first_sample": {prompt: " and so"}}
     report = {
         "chat": chat,
+        "encoder_decoder": False,
         "settings": {"model_name": "a/model", "prompts": [prompt], "seed": 0},
         "scale": train_rlhf.AS_IT_IS,
         "base": {"train_prompts": measured},

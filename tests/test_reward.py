@@ -155,6 +155,8 @@ def test_the_default_reward_takes_the_answer_to_a_conversation_as_a_text_of_its_
 class Letters:
     """A tokenizer of characters."""
 
+    eos_token_id = 0
+
     def batch_decode(self, rows, **_):
         return ["".join(chr(int(number)) for number in ids) for ids in rows]
 
