@@ -777,7 +777,7 @@ FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".p
 
 
 def read_prompts(prompts, eval_prompts, prompt_field, seed):
-    """Return the rows to train on, the rows held out, and how many there were with doublets."""
+    """Return the rows to train on, the rows held out, and how many were given."""
     ends = eval_prompts[:1] + eval_prompts[5:]  # of those above, which suit no file
     holds_out = ends == ["Right now I am", "I woke up feeling"] and any(map(is_file, prompts))
     rows = read_rows("PROMPTS", prompts, prompt_field)
@@ -1230,13 +1230,15 @@ def try_policy(policy, tokenizer, length=3):
     options |= {"output_logits": True, "return_dict_in_generate": True}
     with torch.no_grad():
         said = policy.pretrained_model.generate(**inputs.to(device), **options)
-        logits = torch.stack(said.logits, dim=1)[0].float() / policy.temperature
+        chances = torch.softmax(torch.stack(said.logits, dim=1)[0].float(), dim=-1)
         for count in (1, 2):
             responses = [*said.sequences[:count, -length:].cpu()]
             inputs, mask = pad_batch(tokenizer, queries[:count], responses, device)
             all_logprobs, _ = policy(**inputs, earned=mask.float())
-            difference = (torch.softmax(logits, dim=-1) - all_logprobs[0].exp()).abs()
-            if difference.sum(-1).mean() > 0.2:  # of 2; rounding to 16 bits makes less than 0.04
+            again = torch.softmax(all_logprobs[0] * policy.temperature, dim=-1)
+            if (chances - again).abs().sum(
+                -1
+            ).mean() > 0.2:  # of 2; rounding to 16 bits makes less than 0.04
                 raise ValueError("padding, or what follows, changes its probabilities")
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_policy import evaluate
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -157,16 +158,6 @@ def trained(request, demo_tokenizer, build, read_settings, tmp_path_factory):
 
 def encode(tokenizer, texts):
     return [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
-
-
-def evaluate(built, queries, responses):
-    """Return the logprobs and values of each response, each token of which has earned 1."""
-    inputs, mask = train_rlhf.pad_batch(built.tokenizer, queries, responses, torch.device("cpu"))
-    inputs["earned"] = (mask.cumsum(1) - mask).float()
-    with torch.no_grad():
-        all_logprobs, values = built.policy(**inputs)
-    rows = zip(all_logprobs, values, mask.bool())
-    return [(logprobs[where], value[where]) for logprobs, value, where in rows]
 
 
 def greedy(model, tokenizer, prompts):
