@@ -9,6 +9,7 @@ Rows of chosen and rejected, with a prompt or without; of completion_0, completi
 ranking; or of a text and its label, 0 or 1. Texts or conversations.
 """
 
+import shlex
 import sys
 from functools import partial
 from itertools import combinations
@@ -341,6 +342,7 @@ def summarize(report):
     advice = ""
     if not report["learned"]:
         advice = "\nThat is no better than guessing: take more comparisons or TRAINING_EPOCHS."
+    folder = shlex.quote(settings["output_dir"])
     lines.append(f"""
 Right: {trained["accuracy"]:.1%} ± {trained["standard_error"]:.1%} of {trained["comparisons"]} held-out \
 comparisons, where guessing is right in {trained["guessing"]:.0%}.{advice}
@@ -348,8 +350,8 @@ A score is (raw - {trained["score_mean"]:.3f}) / {trained["score_std"]:.3f}: 0 i
 
 The model is beside report.json and training.png. To train on it, and to score texts with it:
 
-    python train_rlhf.py --reward {settings["output_dir"]}
-    python train_reward_model.py --output-dir {settings["output_dir"]} --score "I feel good."
+    python train_rlhf.py --reward {folder}
+    python train_reward_model.py --output-dir {folder} --score "I feel good."
 """)
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -629,6 +630,16 @@ def test_its_folder_has_all_that_a_run_leaves(learned, report):
     assert [place for place, each in enumerate(held_out, start=1) if each is not None] == [20]
     names = {path.name for path in (folder / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+
+
+def test_the_lines_that_it_tells_are_of_its_folder_whatever_its_name(report):
+    settings = report["settings"] | {"output_dir": "my 'own' model"}
+    told = train_reward_model.summarize(report | {"settings": settings})
+    lines = [shlex.split(line) for line in told.splitlines() if line.startswith("    python ")]
+    assert [line[line.index("my 'own' model") - 1] for line in lines] == [
+        "--reward",
+        "--output-dir",
+    ]
 
 
 @pytest.fixture(scope="module")
