@@ -248,7 +248,7 @@ class PolicyWithValueHead:
         length, response_length = input_ids.shape[1], earned.shape[1]
         before = torch.arange(length - response_length - 1, length - 1, device=input_ids.device)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if self.start_id is not None:
+        if self.pretrained_model.config.is_encoder_decoder:
             inputs, before = for_decoder(inputs, response_length, self.start_id)
         if self.takes_positions:
             inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding has none

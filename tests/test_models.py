@@ -68,6 +68,8 @@ FAMILIES = {  # the kind of model, unless it is the name itself, and its sizes b
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64},
     "bloom": {},
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4},
+    # Its config has a start token for decoders, though it has no encoder.
+    "xglm": {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4},
 }
 REFUSED = {
     "gemma3": {  # with eyes
