@@ -465,12 +465,16 @@ def without_mask_in_generation(policy):
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "flags",
+    [["--dtype", "float32"], ["--dtype", "bfloat16"], ["--temperature", "100"]],
+    ids=lambda flags: flags[-1],
+)
 @pytest.mark.parametrize("spoil", [without_positions, without_mask, without_mask_in_generation])
 def test_a_slip_in_positions_or_masks_is_seen_before_anything_is_trained(
-    random_model, build, read_settings, spoil, dtype
+    random_model, build, read_settings, spoil, flags
 ):
-    built = build(make_settings(read_settings, random_model("gpt2"), "--dtype", dtype))
+    built = build(make_settings(read_settings, random_model("gpt2"), *flags))
     train_rlhf.try_policy(built.policy, built.tokenizer)
     spoil(built.policy)
     with pytest.raises(ValueError, match="padding, or what follows"):
