@@ -1684,7 +1684,7 @@ def describe_run(model, settings, metrics, tags, task="text-generation"):
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
         "task": task,
-        "tags": [*tags, "lora", "rlhf"],
+        "tags": [*tags, *["lora"] * hasattr(model, "peft_config"), "rlhf"],
         "encoder_decoder": model.config.is_encoder_decoder,
         "settings": vars(settings),
         "versions": {library: importlib.metadata.version(library) for library in libraries},
