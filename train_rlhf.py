@@ -195,8 +195,8 @@ def train(trainer, policy, tokenizer, reward, scale, rows, settings, metrics, sa
         return queries, responses, token_scores, texts, scores
 
     start = time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
-    try:
-        with stop_on_signal(True) as stop, open_log(settings, metrics, total_steps) as log:
+    with stop_on_signal(True) as stop, open_log(settings, metrics, total_steps) as log:
+        try:
             for step in range(len(metrics) + 1, total_steps + 1):
                 torch.manual_seed(settings.seed * 10**6 + step)  # a run can go on anywhere
                 batch = rows_of_step(step, rows, settings.batch_size, settings.seed)
@@ -214,10 +214,10 @@ def train(trainer, policy, tokenizer, reward, scale, rows, settings, metrics, sa
                     save()
                 if stop.requested:
                     break
-    except RunError:
-        if metrics and not metrics[-1]["skipped_updates"]:
-            save()  # the steps before it are worth keeping
-        raise
+        except RunError:
+            if metrics and not metrics[-1]["skipped_updates"]:
+                save()  # the steps before it are worth keeping
+            raise
 
 
 # -------------------------------------------------------------------------------------- the policy
