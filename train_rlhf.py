@@ -1721,7 +1721,7 @@ def save_results(report, card, save, draw, folder):
     for path in [path for path in new.rglob("*") if path.is_file()]:
         path.chmod(mode)
         place = output / path.relative_to(new)
-        place.parent.mkdir(exist_ok=True)  # a tokenizer may have a folder of templates
+        os.makedirs(place.parent, exist_ok=True)  # a tokenizer may have a folder of templates
         path.replace(place)
 
 
