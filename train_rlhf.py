@@ -1615,7 +1615,7 @@ def open_trackers(settings, done):
         "wandb": of_all | {"dir": folder, "id": ids[0] if ids else None},
         "trackio": of_all,
     }
-    for name in settings.report_to:
+    for name in dict.fromkeys(settings.report_to):  # each once
         trackers[name] = accelerate.tracking.LOGGER_TYPE_TO_CLASS[name](**options[name])
         try:
             with redirect_stdout(io.StringIO()):  # trackio has much to say
@@ -1628,10 +1628,10 @@ def open_trackers(settings, done):
         texts = [each | {"prompt": last_said(each["prompt"])} for each in samples]
         for name, tracker in [*trackers.items()]:
             figures, library = {**record}, importlib.import_module(name)
-            if texts and hasattr(library, "Table"):
-                data = [[*each.values()] for each in texts]
-                figures["responses"] = library.Table(columns=[*texts[0]], data=data)
             try:
+                if texts and hasattr(library, "Table"):
+                    data = [[*each.values()] for each in texts]
+                    figures["responses"] = library.Table(columns=[*texts[0]], data=data)
                 tracker.log(figures, step=record["step"])
             except Exception as error:  # for which no run has to end
                 print(f"\n{name} gets no more metrics: {shorten(error)}", file=sys.stderr)
