@@ -1615,14 +1615,6 @@ def open_trackers(settings, done):
         "wandb": of_all | {"dir": folder, "id": ids[0] if ids else None},
         "trackio": of_all,
     }
-    for name in dict.fromkeys(settings.report_to):  # each once
-        trackers[name] = accelerate.tracking.LOGGER_TYPE_TO_CLASS[name](**options[name])
-        try:
-            with redirect_stdout(io.StringIO()):  # trackio has much to say
-                trackers[name].start()
-        except Exception as error:
-            problem = f"REPORT_TO is {name}: it does not start ({shorten(error)}): leave it out"
-            raise RunError(problem) from error
 
     def track(record, samples):
         texts = [each | {"prompt": last_said(each["prompt"])} for each in samples]
@@ -1638,8 +1630,16 @@ def open_trackers(settings, done):
                 del trackers[name]
 
     try:
+        for name in dict.fromkeys(settings.report_to):  # each once
+            trackers[name] = accelerate.tracking.LOGGER_TYPE_TO_CLASS[name](**options[name])
+            try:
+                with redirect_stdout(io.StringIO()):  # trackio has much to say
+                    trackers[name].start()
+            except Exception as error:
+                problem = f"REPORT_TO is {name}: it does not start ({shorten(error)}): leave it out"
+                raise RunError(problem) from error
         yield track
-    finally:
+    finally:  # by the library's own finish, or trackio would have more to say at the very end
         for name, tracker in trackers.items():
             finish = getattr(importlib.import_module(name), "finish", tracker.finish)
             with suppress(Exception), redirect_stdout(io.StringIO()):

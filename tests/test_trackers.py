@@ -317,12 +317,15 @@ def test_a_tracker_that_does_not_start_is_told(settings, started, monkeypatch):
     def start(self):
         raise OSError("no route to host")
 
+    ended = []
     monkeypatch.setattr(TrackioTracker, "start", start)
-    settings.report_to = ["tensorboard", "trackio"]
+    monkeypatch.setattr(sys.modules["wandb"], "finish", lambda: ended.append("wandb"))
+    settings.report_to = ["wandb", "trackio"]
     with pytest.raises(train_rlhf.RunError) as error, train_rlhf.open_trackers(settings, 0):
         pass
     problem = "REPORT_TO is trackio: it does not start (no route to host): leave it out"
     assert error.value.args == (problem,)
+    assert ended == ["wandb"]  # or in a notebook the next run would go on in its own
 
 
 def test_a_tracker_that_does_not_start_makes_no_process_wait(settings, started, monkeypatch):
