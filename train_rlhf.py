@@ -195,8 +195,8 @@ def train(trainer, policy, tokenizer, reward, scale, rows, settings, metrics, sa
         return queries, responses, token_scores, texts, scores
 
     start = time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
-    try:
-        with stop_on_signal(True) as stop, open_log(settings, metrics, total_steps) as log:
+    with stop_on_signal(True) as stop, open_log(settings, metrics, total_steps) as log:
+        try:
             for step in range(len(metrics) + 1, total_steps + 1):
                 torch.manual_seed(settings.seed * 10**6 + step)  # a run can go on anywhere
                 batch = rows_of_step(step, rows, settings.batch_size, settings.seed)
@@ -214,10 +214,10 @@ def train(trainer, policy, tokenizer, reward, scale, rows, settings, metrics, sa
                     save()
                 if stop.requested:
                     break
-    except RunError:
-        if metrics and not metrics[-1]["skipped_updates"]:
-            save()  # the steps before it are worth keeping
-        raise
+        except RunError:
+            if metrics and not metrics[-1]["skipped_updates"]:
+                save()  # the steps before it are worth keeping
+            raise
 
 
 # -------------------------------------------------------------------------------------- the policy
@@ -248,7 +248,7 @@ class PolicyWithValueHead:
         length, response_length = input_ids.shape[1], earned.shape[1]
         before = torch.arange(length - response_length - 1, length - 1, device=input_ids.device)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if self.start_id is not None:
+        if self.pretrained_model.config.is_encoder_decoder:
             inputs, before = for_decoder(inputs, response_length, self.start_id)
         if self.takes_positions:
             inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding has none
@@ -1235,10 +1235,9 @@ def try_policy(policy, tokenizer, length=3):
             responses = [*said.sequences[:count, -length:].cpu()]
             inputs, mask = pad_batch(tokenizer, queries[:count], responses, device)
             all_logprobs, _ = policy(**inputs, earned=mask.float())
-            again = torch.softmax(all_logprobs[0] * policy.temperature, dim=-1)
-            if (chances - again).abs().sum(
-                -1
-            ).mean() > 0.2:  # of 2; rounding to 16 bits makes less than 0.04
+            again = torch.softmax(all_logprobs[0] * policy.temperature, dim=-1)  # which may hide it
+            difference = (chances - again).abs().sum(-1).mean()  # of 2; 16 bits make 0.04
+            if difference > 0.2:
                 raise ValueError("padding, or what follows, changes its probabilities")
 
 
@@ -1617,31 +1616,31 @@ def open_trackers(settings, done):
         "wandb": of_all | {"dir": folder, "id": ids[0] if ids else None},
         "trackio": of_all,
     }
-    for name in settings.report_to:
-        trackers[name] = accelerate.tracking.LOGGER_TYPE_TO_CLASS[name](**options[name])
-        try:
-            with redirect_stdout(io.StringIO()):  # trackio has much to say
-                trackers[name].start()
-        except Exception as error:
-            problem = f"REPORT_TO is {name}: it does not start ({shorten(error)}): leave it out"
-            raise RunError(problem) from error
 
     def track(record, samples):
         texts = [each | {"prompt": last_said(each["prompt"])} for each in samples]
         for name, tracker in [*trackers.items()]:
             figures, library = {**record}, importlib.import_module(name)
-            if texts and hasattr(library, "Table"):
-                data = [[*each.values()] for each in texts]
-                figures["responses"] = library.Table(columns=[*texts[0]], data=data)
             try:
+                if texts and hasattr(library, "Table"):
+                    data = [[*each.values()] for each in texts]
+                    figures["responses"] = library.Table(columns=[*texts[0]], data=data)
                 tracker.log(figures, step=record["step"])
             except Exception as error:  # for which no run has to end
                 print(f"\n{name} gets no more metrics: {shorten(error)}", file=sys.stderr)
                 del trackers[name]
 
     try:
+        for name in dict.fromkeys(settings.report_to):  # each once
+            trackers[name] = accelerate.tracking.LOGGER_TYPE_TO_CLASS[name](**options[name])
+            try:
+                with redirect_stdout(io.StringIO()):  # trackio has much to say
+                    trackers[name].start()
+            except Exception as error:
+                problem = f"REPORT_TO is {name}: it does not start ({shorten(error)}): leave it out"
+                raise RunError(problem) from error
         yield track
-    finally:
+    finally:  # by the library's own finish, or trackio would have more to say at the very end
         for name, tracker in trackers.items():
             finish = getattr(importlib.import_module(name), "finish", tracker.finish)
             with suppress(Exception), redirect_stdout(io.StringIO()):
@@ -1686,7 +1685,7 @@ def describe_run(model, settings, metrics, tags, task="text-generation"):
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
         "task": task,
-        "tags": [*tags, "lora", "rlhf"],
+        "tags": [*tags, *["lora"] * hasattr(model, "peft_config"), "rlhf"],
         "encoder_decoder": model.config.is_encoder_decoder,
         "settings": vars(settings),
         "versions": {library: importlib.metadata.version(library) for library in libraries},
@@ -1723,7 +1722,7 @@ def save_results(report, card, save, draw, folder):
     for path in [path for path in new.rglob("*") if path.is_file()]:
         path.chmod(mode)
         place = output / path.relative_to(new)
-        place.parent.mkdir(exist_ok=True)  # a tokenizer may have a folder of templates
+        os.makedirs(place.parent, exist_ok=True)  # a tokenizer may have a folder of templates
         path.replace(place)
 
 

@@ -179,7 +179,7 @@ def test_numbers_that_look_alike_are_two_rows(make, table_of):
 
 
 def test_the_lists_of_settings_are_of_this_version():
-    assert {*compare.MEASURED, *compare.WITHOUT_EFFECT} <= {*SETTINGS, "save_adapter"}
+    assert {*compare.MEASURED, *compare.WITHOUT_EFFECT} <= {*SETTINGS}
 
 
 def test_what_no_setting_tells_is_named_by_folders(make, table_of):

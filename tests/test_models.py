@@ -69,6 +69,8 @@ FAMILIES = {  # the kind of model, unless it is the name itself, and its sizes b
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64},
     "bloom": {},
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4},
+    # Its config has a start token for decoders, though it has no encoder.
+    "xglm": {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4},
 }
 REFUSED = {
     "gemma3": {  # with eyes
@@ -454,12 +456,16 @@ def without_mask_in_generation(policy):
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "flags",
+    [["--dtype", "float32"], ["--dtype", "bfloat16"], ["--temperature", "100"]],
+    ids=lambda flags: flags[-1],
+)
 @pytest.mark.parametrize("spoil", [without_positions, without_mask, without_mask_in_generation])
 def test_a_slip_in_positions_or_masks_is_seen_before_anything_is_trained(
-    random_model, build, read_settings, spoil, dtype
+    random_model, build, read_settings, spoil, flags
 ):
-    built = build(make_settings(read_settings, random_model("gpt2"), "--dtype", dtype))
+    built = build(make_settings(read_settings, random_model("gpt2"), *flags))
     train_rlhf.try_policy(built.policy, built.tokenizer)
     spoil(built.policy)
     with pytest.raises(ValueError, match="padding, or what follows"):

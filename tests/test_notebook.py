@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -373,13 +372,12 @@ LONG = [*SHORT, "--training-epochs", "10000", "--log-every", "2", "--output-dir"
 
 
 def test_interrupting_the_kernel_ends_main_after_its_step(executed, kernel, clone):
-    start = time.monotonic()
     source = f"status = train_rlhf.main({LONG})\nprint('status', status)"
     out, err, error = kernel.run(source, interrupt_after="step 2/")
-    assert time.monotonic() - start < 30
     assert error is None
     assert out.endswith("\nstatus 130\n")
     steps = len((clone / "trained_model_x" / "metrics.jsonl").read_text().splitlines())
+    assert 2 <= steps < 100  # of 6000
     assert err.splitlines()[1:] == [
         "Stopping after this step; once more to stop at once",
         "",

@@ -317,21 +317,54 @@ def test_a_tracker_that_does_not_start_is_told(settings, started, monkeypatch):
     def start(self):
         raise OSError("no route to host")
 
+    ended = []
     monkeypatch.setattr(TrackioTracker, "start", start)
-    settings.report_to = ["tensorboard", "trackio"]
+    monkeypatch.setattr(sys.modules["wandb"], "finish", lambda: ended.append("wandb"))
+    settings.report_to = ["wandb", "trackio"]
     with pytest.raises(train_rlhf.RunError) as error, train_rlhf.open_trackers(settings, 0):
         pass
     problem = "REPORT_TO is trackio: it does not start (no route to host): leave it out"
     assert error.value.args == (problem,)
+    assert ended == ["wandb"]  # or in a notebook the next run would go on in its own
 
 
+def test_a_tracker_that_does_not_start_makes_no_process_wait(settings, started, monkeypatch):
+    """To save, all processes wait for each other, and the others have no tracker that fails."""
+
+    def start(self):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(TrackioTracker, "start", start)
+    settings.report_to, saved = ["trackio"], []
+    os.makedirs(settings.output_dir)
+    metrics = [{"step": 1, "samples": 10, "seconds": 1.0, "skipped_updates": 0}]  # of a checkpoint
+    parts = [None] * 5
+    rows = [{"prompt": "Life is"}]
+    with pytest.raises(train_rlhf.RunError, match="does not start"):
+        train_rlhf.train(*parts, rows, settings, metrics, lambda: saved.append(True))
+    assert saved == []
+
+
+def test_a_tracker_that_is_named_twice_is_started_once(settings, started, monkeypatch):
+    starts, start = [], TrackioTracker.start
+    monkeypatch.setattr(TrackioTracker, "start", lambda self: (starts.append(self), start(self)))
+    settings.report_to = ["trackio", "trackio"]
+    with train_rlhf.open_trackers(settings, 0) as track:
+        track({"step": 1}, ())
+    assert len(starts) == 1
+
+
+@pytest.mark.parametrize("where", ["log", "Table"])
 def test_a_tracker_that_fails_on_the_way_is_left_out_and_told_once(
-    settings, started, monkeypatch, capsys
+    settings, started, monkeypatch, capsys, where
 ):
     def log(self, values, step=None):
         if step == 2:
             raise ConnectionError("the service has ended")
         self.told.append((step, values))
+
+    def table(columns, data):
+        raise ConnectionError("the service has ended")
 
     ended = []
 
@@ -339,12 +372,16 @@ def test_a_tracker_that_fails_on_the_way_is_left_out_and_told_once(
         ended.append("trackio")
         raise ConnectionError("the service has ended")
 
-    monkeypatch.setattr(WandBTracker, "log", log)
+    if where == "log":
+        monkeypatch.setattr(WandBTracker, "log", log)
+    else:
+        monkeypatch.setattr(sys.modules["wandb"], "Table", table)
     monkeypatch.setattr(sys.modules["trackio"], "finish", finish)
     settings.report_to = ["wandb", "trackio"]
     with train_rlhf.open_trackers(settings, 0) as track:
         for step in (1, 2, 3):
-            track({"step": step}, ())
+            samples = [{"prompt": "Life is", "response": " good"}] if step == 2 else ()
+            track({"step": step}, samples)
     told = {
         name: [step for step, _ in started[name]["tracker"].told] for name in settings.report_to
     }
