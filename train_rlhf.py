@@ -674,7 +674,7 @@ def load_reward(settings, rows, device):
     """Return the function from rows and texts to scores, tried on two, and its scale or None."""
     name, scale, of_texts = settings.reward, None, False
     own = {one.__name__: one for one in reversed(globals().values()) if inspect.isfunction(one)}
-    if own.get(name) is positive_word_reward:  # and no other that REWARD is, which comes last there
+    if own.get(name) is positive_word_reward:  # REWARD, a function, wins over one of that name
         function = partial(positive_word_reward, positive_words=settings.positive_words)
         scale, of_texts = AS_IT_IS | {"threshold": 0.0}, True
     elif name in own:  # of the script, or a notebook
@@ -1052,10 +1052,11 @@ def check_installed(device, dtype, report_to):
         raise SettingsError("DTYPE is float16: give float32 or bfloat16 on a CPU")
     for name in report_to:
         if name not in ("tensorboard", "wandb", "trackio"):
-            raise SettingsError(f"REPORT_TO is {shorten(name)}: give tensorboard, wandb or trackio")
+            remedy = "give any of tensorboard, wandb and trackio"
+            raise SettingsError(f"REPORT_TO is {shorten(name)}: {remedy}")
         if not importlib.util.find_spec(name):
             raise SettingsError(f"REPORT_TO is {name}: leave it out, or pip install {name}")
-    if "wandb" in report_to:
+    if "wandb" in report_to and is_main_process():
         os.environ.setdefault("WANDB_SILENT", "true")
         with blame("REPORT_TO", "wandb", "run: wandb login, or set WANDB_MODE=offline"):
             importlib.import_module("wandb").login()
@@ -1596,10 +1597,10 @@ def open_metrics(settings, metrics, total):
                 if not watched:
                     say(f"step {step}/{total}, {left} left, {text}")
                 for sample in samples[:1]:
-                    text = f"{last_said(sample['prompt'])} | {sample['response']}"
-                    text = " ".join(text.split())
-                    width = shutil.get_terminal_size().columns // (1 if text.isascii() else 2)
-                    say(f"    {shorten(text, max(width - 5, 1))}")
+                    line = f"{last_said(sample['prompt'])} | {sample['response']}"
+                    line = " ".join(line.split())
+                    width = shutil.get_terminal_size().columns // (1 if line.isascii() else 2)
+                    say(f"    {shorten(line, max(width - 5, 1))}")
 
         yield show
 
@@ -1608,7 +1609,9 @@ def open_metrics(settings, metrics, total):
 def open_trackers(settings, done):
     """Yield a function that hands a record, and samples as a table, to all that REPORT_TO names."""
     folder, trackers = Path(settings.output_dir), {}
-    ids = [path.stem.partition("-")[2] for path in folder.glob("wandb/*/run-*.wandb")]  # all one
+    ids = [
+        path.stem.partition("-")[2] for path in folder.glob("wandb/*/run-*.wandb")
+    ]  # of all its parts
     of_all = {"run_name": "train_rlhf", "name": folder.name, "config": vars(settings)}
     of_all["resume"] = "allow" if done else "never"
     options = {
@@ -1746,7 +1749,7 @@ def card_data(report):
 
 
 def save_model(model, tokenizer, settings, folder):
-    """Save an adapted model as an ordinary one, the adapter merged in, and the tokenizer."""
+    """Save an adapted model as an ordinary one, and its adapter alone; each with the tokenizer."""
     if getattr(model.get_base_model(), "is_quantized", False):  # 4 or 8 bits would lose the update
         adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         model = peft.get_peft_model(model.unload().dequantize(), model.peft_config["default"])
