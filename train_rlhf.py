@@ -1609,9 +1609,8 @@ def open_metrics(settings, metrics, total):
 def open_trackers(settings, done):
     """Yield a function that hands a record, and samples as a table, to all that REPORT_TO names."""
     folder, trackers = Path(settings.output_dir), {}
-    ids = [
-        path.stem.partition("-")[2] for path in folder.glob("wandb/*/run-*.wandb")
-    ]  # of all its parts
+    parts = folder.glob("wandb/*/run-*.wandb")  # of one run, whose id they have
+    ids = [path.stem.partition("-")[2] for path in parts]
     of_all = {"run_name": "train_rlhf", "name": folder.name, "config": vars(settings)}
     of_all["resume"] = "allow" if done else "never"
     options = {

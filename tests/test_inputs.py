@@ -138,7 +138,7 @@ OR_AUTO = "give a number, or auto, from -1000000000000000 to 1000000000000000"
         row("QUANTIZATION is 2bit: give none, 8bit or 4bit", "--quantization", "2bit"),
         row("DTYPE is int8: give auto, float32, bfloat16 or float16", "--dtype", "int8"),
         row("DEVICE is tpu: give auto, cpu, cuda or mps", "--device", "tpu"),
-        row("REPORT_TO is x: give tensorboard, wandb, trackio or, for none of them, nothing", "--report-to", "wandb", "x"),
+        row("REPORT_TO is x: give any of tensorboard, wandb and trackio", "--report-to", "wandb", "x"),
         # combinations
         row("MINI_BATCH_SIZE is 2: give 0 or a divisor of BATCH_SIZE, 7",
             "--batch-size", "7", "--mini-batch-size", "2"),
