@@ -933,7 +933,7 @@ RULES = [  # what to give for a constant, its limits, whether --resume may chang
     ("auto, float32, bfloat16 or float16", None, False, "DTYPE"),
     ("a list of texts, none empty", 1, False, "LORA_TARGETS POSITIVE_WORDS PROMPTS"),
     ("a list of texts, none empty", 0, False, "EVAL_PROMPTS"),
-    ("a list of texts, none empty", 0, True, "REPORT_TO"),
+    ("a list of texts, tensorboard, wandb or trackio", 0, True, "REPORT_TO"),
     ("True or False", None, False, "SCORE_PREFIXES CHAT_TEMPLATE"),
     ("True or False", None, True, "RESUME GRADIENT_CHECKPOINTING SAVE_ADAPTER"),
     ("a whole number", (1, 10**6), False, "LORA_RANK LORA_ALPHA"),
@@ -1054,7 +1054,8 @@ def check_installed(device, dtype, report_to):
         if name not in ("tensorboard", "wandb", "trackio"):
             remedy = "give any of tensorboard, wandb and trackio"
             raise SettingsError(f"REPORT_TO is {shorten(name)}: {remedy}")
-        if not importlib.util.find_spec(name):
+        found = importlib.util.find_spec(name)
+        if not (found and found.origin):  # a folder of that name alone has none
             raise SettingsError(f"REPORT_TO is {name}: leave it out, or pip install {name}")
     if "wandb" in report_to and is_main_process():
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -1074,8 +1075,9 @@ def check_output(model_name, output_dir):
             raise ValueError(f"{existing} can't be written")
         if names and names.isdisjoint({"metrics.jsonl", "report.json", "checkpoint"}):
             raise ValueError("it holds files that are not a run's")
-        if any(Path(path).resolve().is_relative_to(output.resolve()) for path in (".", model_name)):
-            raise ValueError("the current folder or the model is in it")
+        for path in (".", *bases_of(model_name)):
+            if Path(path).resolve().is_relative_to(output.resolve()):
+                raise ValueError("the current folder or the model is in it")
 
 
 CHECKS = (read_prompts, check_batches, check_target, check_installed, check_output)
@@ -1095,7 +1097,7 @@ def blame(name, value, remedy):
         raise SettingsError(problem) from error
 
 
-def find_model(setting, name):
+def find_model(setting, name, remedy=""):
     """Return a local folder with the model, fetched from the Hub where the cache lacks it."""
     if os.path.isdir(name):
         return name
@@ -1110,8 +1112,8 @@ def find_model(setting, name):
             return huggingface_hub.snapshot_download(name, local_files_only=True, **files)
         problem = f"{setting} is {shorten(name)}: there is no such folder, the cache lacks it, and "
         problem += f"the Hub does not give it ({shorten(error)})"
-        remedy = "check name and connection, or run: hf auth login; offline there is demo_model"
-        raise SettingsError(f"{problem}: {remedy}") from error
+        usual = "check name and connection, or run: hf auth login; offline there is demo_model"
+        raise SettingsError(f"{problem}: {remedy or usual}") from error
 
 
 def load_model(settings, rows, eval_rows, device, dtype):
@@ -1130,15 +1132,36 @@ def load_model(settings, rows, eval_rows, device, dtype):
     return model, tokenizer, rows, eval_rows
 
 
+def read_adapter(path):
+    """Return the config of the adapter in a folder, None where there is none or a whole model."""
+    lora = Path(path, "adapter_config.json")
+    is_adapter = lora.exists() and not Path(path, "config.json").exists()
+    return json.loads(lora.read_text(encoding="utf-8")) if is_adapter else None
+
+
+def bases_of(model_name):
+    """Return the name of a model and, of an adapter, of all that it is built on."""
+    names = [model_name]
+    remedy = "correct its adapter_config.json, or name the merged model"
+    with blame("MODEL_NAME", model_name, remedy):
+        while read_adapter(names[-1]):
+            names.append(read_adapter(names[-1])["base_model_name_or_path"])
+            if names[-1] in names[:-1]:  # its folder was moved aside, and another took its place
+                raise ValueError(f"it is built on {shorten(names[-1])}, which is built on itself")
+    return names
+
+
 def base_of(path):
     """Return the folder of the model that an adapter is for; one that is no adapter's, as it is."""
-    lora = Path(path, "adapter_config.json")
-    if not lora.exists() or Path(path, "config.json").exists():
+    lora = read_adapter(path)
+    if lora is None:
         return path
-    lora = json.loads(lora.read_text(encoding="utf-8"))
     if lora["task_type"] == "SEQ_CLS":
         raise ValueError("it is the adapter of a classifier")
-    return find_model("The base of MODEL_NAME", lora["base_model_name_or_path"])
+    if not Path(path, "adapter_model.safetensors").exists():  # PEFT would ask the Hub
+        raise ValueError("it has no adapter_model.safetensors")
+    remedy = "start where that folder is, or correct base_model_name_or_path in adapter_config.json"
+    return find_model("The base of MODEL_NAME", lora["base_model_name_or_path"], remedy)
 
 
 def config_of(path):
@@ -1269,7 +1292,9 @@ def load_base_model(path, device, dtype, quantization, kind="AutoModelForCausalL
         model = load_base_model(base, device, dtype, quantization, kind, **options)
         lora = peft.PeftConfig.from_pretrained(path)
         lora.task_type = None  # which asks for a model of one kind
-        return peft.PeftModel.from_pretrained(model, path, config=lora).merge_and_unload()
+        model = peft.PeftModel.from_pretrained(model, path, config=lora).merge_and_unload()
+        check_finite(model)
+        return model
     options |= {"dtype": dtype, "device_map": {"": str(device)}}
     if quantization != "none":
         bits = {f"load_in_{quantization}": True, "bnb_4bit_quant_type": "nf4"}
@@ -1302,10 +1327,15 @@ def load_weights(kind, path, new_head=False, **options):
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # bitsandbytes would repack for good
+    check_finite(model)
+    return model
+
+
+def check_finite(model):
+    """Refuse a model with weights that are no numbers."""
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise ValueError(f"it has weights that are not finite, such as {name}")
-    return model
 
 
 def pick_device(device, dtype):

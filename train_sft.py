@@ -531,7 +531,7 @@ STAGE_RULES = [  # what to give for a constant, its limits, whether --resume may
     ("auto, cpu, cuda or mps", None, True, "DEVICE"),
     ("auto, float32, bfloat16 or float16", None, False, "DTYPE"),
     ("a list of texts, none empty", 1, False, "LORA_TARGETS"),
-    ("a list of texts, none empty", 0, True, "REPORT_TO"),
+    ("a list of texts, tensorboard, wandb or trackio", 0, True, "REPORT_TO"),
     ("True or False", None, False, "GROUP_BY_LENGTH"),
     ("True or False", None, True, "RESUME GRADIENT_CHECKPOINTING SAVE_ADAPTER"),
     ("a whole number", (1, 10**6), False, "LORA_ALPHA BATCH_SIZE"),

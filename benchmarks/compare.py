@@ -38,6 +38,7 @@ WITHOUT_EFFECT = {  # on what is learned; all others name a row, new ones too
 OF_OTHER_SCRIPTS = ("packing", "score", "seed_tasks")  # settings of SFT, reward model, instructions
 FIGURES = ("samples", "score", "standard_error", "success_rate", "kl", "kl_minimum", "win_rate")
 FIGURES += ("distinct", "perplexity_under_base", "first_sample")
+NUMBERS = ("samples", "score", "standard_error", "kl", "win_rate", "distinct")
 LONGEST = 23  # characters of a row's name, so that a table has at most 100 columns
 MOST = 10  # rows, for there are ten colours
 LEGEND = """±: the standard deviation between seeds, of a single run the standard error of its samples.
@@ -84,6 +85,7 @@ def read_run(folder):
         ends = [(each["samples"], each["seconds"]) for each in (report, metrics[-1])]
         for model, part in itertools.product(("base", "trained"), report["base"]):  # all is there?
             [report[model][part][name] for name in FIGURES]
+            [report[model][part][name] + 0 for name in NUMBERS]  # an error where one is none
         [settings[name] for name in ("seed", "model_name", "reward")]
         [report[name] for name in ("device", "samples_per_second", "learned")]
         report["base"]["train_prompts"], report["scale"]["threshold"]

@@ -277,6 +277,14 @@ def test_a_report_of_an_older_version_is_told(make, refusal_of, form):
     assert line.startswith("- old: ") and "lacks kl_minimum" in line
 
 
+@pytest.mark.parametrize("value", [None, "7"])
+def test_a_report_whose_figure_is_no_number_is_told(make, refusal_of, form, value):
+    trained = copy.deepcopy(form[0]["trained"])
+    trained["train_prompts"]["kl"] = value
+    (line,) = refusal_of(make("good"), make("edited", of_report={"trained": trained}))
+    assert line.startswith("- edited: ") and "lacks what it should hold" in line
+
+
 def test_a_setting_that_an_older_version_lacked_is_told(make, table_of, form):
     old = copy.deepcopy(form[0]["settings"])
     for name in ("chat_template", "vf_coef"):  # the one has to be alike, the other may differ

@@ -27,7 +27,7 @@ import train_sft
 
 BORDER = "nothing below this line is PPO"
 LENGTH_OF_PPO = 500
-LENGTH = 1901  # 1300 is wanted
+LENGTH = 1931  # 1300 is wanted
 SIBLINGS = (train_sft, train_reward_model, make_instructions)
 SCRIPTS = (train_rlhf, *SIBLINGS)
 STAGES = (train_sft, train_reward_model)

@@ -22,7 +22,7 @@ from peft import (
     AutoPeftModelForSequenceClassification,
     PeftModel,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -474,7 +474,40 @@ def test_an_adapter_whose_base_is_missing(ppo, place, tmp_path, capsys):
     first, line = errors.splitlines()
     assert (output, first) == ("", "Nothing was started or changed:")
     assert line.startswith("- The base of MODEL_NAME is nobody/nothing: there is no such folder, ")
-    assert line.endswith(
-        "check name and connection, or run: hf auth login; offline there is demo_model"
-    )
+    remedy = "start where that folder is, or correct base_model_name_or_path in adapter_config.json"
+    assert line.endswith(f": {remedy}")
     assert not (tmp_path / "trained").exists()
+
+
+@pytest.mark.parametrize("spoiled", ["weights", "ring", "finite"])
+def test_an_adapter_that_is_broken_is_refused_in_a_line(ppo, spoiled, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(ppo.folder / "adapter", adapter)
+    weights = adapter / "adapter_model.safetensors"
+    problem = "it has no adapter_model.safetensors"
+    if spoiled == "weights":
+        weights.unlink()
+    if spoiled == "ring":
+        lora = adapter_config(adapter) | {"base_model_name_or_path": str(adapter)}
+        (adapter / "adapter_config.json").write_text(json.dumps(lora))
+        problem = "which is built on itself"
+    if spoiled == "finite":
+        save_file({name: each * math.nan for name, each in load_file(weights).items()}, weights)
+        problem = "it has weights that are not finite"
+    flags = ["--model-name", str(adapter), "--output-dir", str(tmp_path / "trained")]
+    assert train_rlhf.main([*flags, "--device", "cpu"]) == 2
+    _, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("- MODEL_NAME is ") and problem in line
+    assert not (tmp_path / "trained").exists()
+
+
+def test_the_base_of_an_adapter_is_not_moved_aside(ppo, demo_model, tmp_path, capsys):
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    shutil.copytree(ppo.folder / "adapter", adapter)
+    shutil.copytree(demo_model, base)
+    (base / "metrics.jsonl").write_text("")  # as in the folder of an earlier run
+    lora = adapter_config(adapter) | {"base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(lora))
+    assert train_rlhf.main(["--model-name", str(adapter), "--output-dir", str(base)]) == 2
+    assert "the current folder or the model is in it" in capsys.readouterr().err
+    assert (base / "model.safetensors").exists()

@@ -727,6 +727,7 @@ TYPES = {kind: (str,) for kind in KINDS.values()} | {
     "a number, or auto,": (float, str),
     "True or False": (bool,),
     "a list of texts, none empty": (list,),
+    "a list of texts, tensorboard, wandb or trackio": (list,),
 }
 
 
