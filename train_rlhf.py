@@ -170,7 +170,7 @@ def run(settings):
         save = partial(save_checkpoint, *learner, settings, metrics, scale=scale, files=files)
         if settings.success_threshold != "auto":
             scale = scale | {"threshold": settings.success_threshold}
-        parts = trainer, policy, tokenizer, reward, scale
+        parts = trainer, policy, reward, scale
         train(*parts, rows, settings, metrics, save)
         report, base_scores = make_report(*parts, rows, eval_rows, settings, metrics)
         save = partial(save_model, policy.pretrained_model, tokenizer, settings)
@@ -180,17 +180,17 @@ def run(settings):
     trainer.accelerator.end_training()
 
 
-def train(trainer, policy, tokenizer, reward, scale, rows, settings, metrics, save):
+def train(trainer, policy, reward, scale, rows, settings, metrics, save):
     """Take PPO steps until the samples are used up; append the record of each to metrics."""
     total_steps = count_steps(settings, rows)
 
     def act(batch, numbers):
         """Return what step needs, and the texts and scores, of a process's share of the batch."""
-        queries = encode(tokenizer, batch, settings.chat_template)
+        queries = encode(trainer.tokenizer, batch, settings.chat_template)
         size = trainer.config.mini_batch_size
-        responses, texts = rollout(policy, tokenizer, queries, numbers, size)
+        responses, texts = rollout(policy, trainer.tokenizer, queries, numbers, size)
         scores, token_scores = score_responses(
-            reward, scale, tokenizer, batch, queries, responses, settings.score_prefixes
+            reward, scale, trainer.tokenizer, batch, queries, responses, settings.score_prefixes
         )
         return queries, responses, token_scores, texts, scores
 
@@ -575,7 +575,7 @@ def on_scale(scores, scale):
     return scaled.asinh() if scale["graded"] else scaled
 
 
-def make_report(trainer, policy, tokenizer, reward, scale, rows, eval_rows, settings, metrics):
+def make_report(trainer, policy, reward, scale, rows, eval_rows, settings, metrics):
     """Return the content of report.json, and the base model's scores on the training's prompts."""
     samples = settings.eval_samples
     print(f"\nMeasuring before and after, {samples} samples each time", flush=True)

@@ -89,7 +89,6 @@ def train_on(built, metrics):
     train_rlhf.train(
         built.trainer,
         built.policy,
-        built.tokenizer,
         reward,
         scale,
         built.rows,

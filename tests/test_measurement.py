@@ -221,7 +221,7 @@ def measure(built, rows, reward=graded, scale=PLAIN, base=False):
 
 def make_report(built, reward=graded):
     rows = built.rows, built.eval_rows
-    parts = built.trainer, built.policy, built.tokenizer, reward, PLAIN
+    parts = built.trainer, built.policy, reward, PLAIN
     return train_rlhf.make_report(*parts, *rows, built.settings, METRICS)[0]
 
 
@@ -451,7 +451,7 @@ def report_of(make_settings, monkeypatch):
         samples = ["--eval-samples", str(len(before))]
         settings = make_settings("--max-new-tokens", "8", *samples)
         scale = PLAIN | {"threshold": threshold}
-        parts = trainer, policy, None, lambda rows, texts: [*map(float, texts)], scale
+        parts = trainer, policy, lambda rows, texts: [*map(float, texts)], scale
         sets = rows, eval_rows if held_out else []
         report, base_scores = train_rlhf.make_report(*parts, *sets, settings, METRICS)
         assert base_scores.tolist() == [*map(float, before)]  # of the training, for the picture

@@ -159,7 +159,7 @@ def train(build, make_settings):
             learner = trainer.model, trainer.optimizer, trainer.accelerator.scaler
             save = partial(train_rlhf.save_checkpoint, *learner, settings, metrics, scale=scale)
             parts = reward, scale, rows, settings, metrics, save
-            train_rlhf.train(trainer, built.policy, built.tokenizer, *parts)
+            train_rlhf.train(trainer, built.policy, *parts)
         return metrics
 
     return start

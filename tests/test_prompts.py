@@ -566,7 +566,7 @@ def test_of_many_prompts_no_more_are_measured_than_samples_are_asked_for(
     path = write("p.txt", "\n".join(f"Number {i} is" for i in range(50)))
     built = build(make_settings("--prompts", path, "--eval-prompts"))
     reward, scale = train_rlhf.load_reward(built.settings, built.rows, torch.device("cpu"))
-    parts = built.trainer, built.policy, built.tokenizer, reward, scale, built.rows, []
+    parts = built.trainer, built.policy, reward, scale, built.rows, []
     metrics = [{"samples": 4, "seconds": 1.0}]
     report, base_scores = train_rlhf.make_report(*parts, built.settings, metrics)
     for model in ("base", "trained"):
