@@ -36,9 +36,8 @@ WITHOUT_EFFECT = {  # on what is learned; all others name a row, new ones too
     *("device", "gradient_checkpointing", "eval_batch_size"),  # the same numbers, but for rounding
 }
 OF_OTHER_SCRIPTS = ("packing", "score", "seed_tasks")  # settings of SFT, reward model, instructions
-FIGURES = ("samples", "score", "standard_error", "success_rate", "kl", "kl_minimum", "win_rate")
-FIGURES += ("distinct", "perplexity_under_base", "first_sample")
 NUMBERS = ("samples", "score", "standard_error", "kl", "win_rate", "distinct")
+FIGURES = (*NUMBERS, "success_rate", "kl_minimum", "perplexity_under_base", "first_sample")
 LONGEST = 23  # characters of a row's name, so that a table has at most 100 columns
 MOST = 10  # rows, for there are ten colours
 LEGEND = """±: the standard deviation between seeds, of a single run the standard error of its samples.
