@@ -338,7 +338,7 @@ def test_a_tracker_that_does_not_start_makes_no_process_wait(settings, started, 
     settings.report_to, saved = ["trackio"], []
     os.makedirs(settings.output_dir)
     metrics = [{"step": 1, "samples": 10, "seconds": 1.0, "skipped_updates": 0}]  # of a checkpoint
-    parts = [None] * 5
+    parts = [None] * 4  # of train, that come before rows
     rows = [{"prompt": "Life is"}]
     with pytest.raises(train_rlhf.RunError, match="does not start"):
         train_rlhf.train(*parts, rows, settings, metrics, lambda: saved.append(True))
