@@ -17,6 +17,8 @@ Read it from top to bottom, as the data flows: constants, run, policy, rollout, 
 # ]
 # ///
 
+from __future__ import annotations
+
 import argparse
 import copy
 import difflib
@@ -43,6 +45,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 from filelock import FileLock
 from tqdm import tqdm
@@ -180,32 +183,49 @@ def run(settings):
     trainer.accelerator.end_training()
 
 
+class Rollout(NamedTuple):
+    """What was said in a step, a list of an item for each response.
+
+    queries, responses: 1-D tensors of token ids. scores: of the whole responses.
+    token_scores: what each token of a response earns, 1-D float tensors, on the scale.
+    """
+
+    queries: list[torch.Tensor]
+    responses: list[torch.Tensor]
+    texts: list[str]
+    scores: list[float]
+    token_scores: list[torch.Tensor]
+
+
+def sample_batch(rows, numbers, trainer, policy, reward, scale, settings):
+    """Return the rollout of a process's share of a batch: a response to each row, scored."""
+    tokenizer = trainer.tokenizer
+    queries = encode(tokenizer, rows, settings.chat_template)
+    size = trainer.config.mini_batch_size
+    responses, texts = rollout(policy, tokenizer, queries, numbers, size)
+    scores, token_scores = score_responses(
+        reward, scale, tokenizer, rows, queries, responses, settings.score_prefixes
+    )
+    return Rollout(queries, responses, texts, scores, token_scores)
+
+
 def train(trainer, policy, reward, scale, rows, settings, metrics, save):
     """Take PPO steps until the samples are used up; append the record of each to metrics."""
     total_steps = count_steps(settings, rows)
-
-    def act(batch, numbers):
-        """Return what step needs, and the texts and scores, of a process's share of the batch."""
-        queries = encode(trainer.tokenizer, batch, settings.chat_template)
-        size = trainer.config.mini_batch_size
-        responses, texts = rollout(policy, trainer.tokenizer, queries, numbers, size)
-        scores, token_scores = score_responses(
-            reward, scale, trainer.tokenizer, batch, queries, responses, settings.score_prefixes
-        )
-        return queries, responses, token_scores, texts, scores
-
     start = time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
+    acting = {"trainer": trainer, "policy": policy, "reward": reward, "scale": scale}
     with stop_on_signal(True) as stop, open_log(settings, metrics, total_steps) as log:
         try:
             for step in range(len(metrics) + 1, total_steps + 1):
                 torch.manual_seed(settings.seed * 10**6 + step)  # a run can go on anywhere
                 batch = rows_of_step(step, rows, settings.batch_size, settings.seed)
                 numbers = random_numbers((settings.seed, step, 0), batch, settings.max_new_tokens)
-                queries, responses, token_scores, texts, scores = share_out(act, batch, numbers)
-                stats, kls = trainer.step(queries, responses, token_scores)
+                said = share_out(sample_batch, batch, numbers, settings=settings, **acting)
+                said = Rollout._make(said)
+                stats, kls = trainer.step(said.queries, said.responses, said.token_scores)
                 stats["seconds"] = time.perf_counter() - start
-                metrics.append(make_record(step, texts, scores, stats, scale, rows))
-                log(metrics, batch, texts, scores, kls)
+                metrics.append(make_record(step, said.texts, said.scores, stats, scale, rows))
+                log(metrics, batch, said.texts, said.scores, kls)
                 give_up_on_bad_numbers(metrics, "lower TARGET_APPROX_KL, or ")
                 set_learning_rate(trainer.optimizer, metrics, total_steps, settings)
                 stop.requested = max(accelerate.utils.gather_object([stop.requested]))
@@ -343,7 +363,137 @@ def score_responses(reward, scale, tokenizer, rows, queries, responses, score_pr
     return scores, token_scores
 
 
+# ---------------------------------------------------------------------- advantages and returns
+def compute_advantages(
+    values: "torch.Tensor",
+    rewards: "torch.Tensor",
+    mask: "torch.Tensor",
+    gamma: float,
+    lam: float,
+) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Return advantages and returns by generalized advantage estimation.
+
+    delta_t = reward_t + gamma * value_t+1 - value_t, and advantage_t is the sum of all delta from
+    t on, each discounted by another gamma * lam (Schulman et al. 2016, equation 16).
+    values, rewards, mask: (batch, response length); so are the results, 0 where the mask is.
+    """
+    response_length = rewards.shape[1]
+    values, rewards = values * mask, rewards * mask
+    advantages = torch.zeros_like(rewards)
+    advantage, next_value = 0.0, 0.0
+    for t in reversed(range(response_length)):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * advantage
+        advantages[:, t] = advantage
+        next_value = values[:, t]
+    returns = advantages + values
+
+    # Many trainers whiten advantages. That would blow up the noise of a batch of like scores; those
+    # here stay in units of the score, and are what the returns, as they are rounded, leave of them.
+    advantages = (returns - values) * mask
+    return advantages, returns
+
+
+# ---------------------------------------------------------------------------- the clipped losses
+def policy_loss(
+    logprobs: "torch.Tensor",
+    old_logprobs: "torch.Tensor",
+    advantages: "torch.Tensor",
+    mask: "torch.Tensor",
+    clip_range: float,
+) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Return PPO's clipped surrogate loss, and the share of tokens whose ratio was clipped.
+
+    The larger one of two losses counts: so nothing is gained by a ratio of the probabilities, of
+    the policy as it is to the one that sampled, beyond 1 ± clip_range (Schulman et al. 2017,
+    equation 7). All tensors are (batch, response length); both results are means over the mask.
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    clipped_ratio = torch.clamp(ratio, 1 - clip_range, 1 + clip_range)
+    unclipped = -advantages * ratio
+    clipped = -advantages * clipped_ratio
+    loss = masked_mean(torch.max(unclipped, clipped), mask)
+    clip_fraction = masked_mean((clipped > unclipped).float(), mask)
+    return loss, clip_fraction
+
+
+def value_loss(
+    values: "torch.Tensor",
+    old_values: "torch.Tensor",
+    returns: "torch.Tensor",
+    mask: "torch.Tensor",
+    clip_range: float,
+) -> "torch.Tensor":
+    """Return the clipped loss of the value head: half the mean of the larger squared error.
+
+    Nothing is gained by a value further than clip_range from the one before the step.
+    All tensors are (batch, response length).
+    """
+    lowest, highest = old_values - clip_range, old_values + clip_range
+    clipped_values = torch.clamp(values, lowest, highest)
+    unclipped = (values - returns) ** 2
+    clipped = (clipped_values - returns) ** 2
+    return 0.5 * masked_mean(torch.max(unclipped, clipped), mask)
+
+
+def masked_mean(values: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
+    """Return the mean of the values where the mask is 1."""
+    return (values * mask).sum() / mask.sum()
+
+
 # ------------------------------------------------------------------------------------ the PPO step
+class Batch(NamedTuple):
+    """The responses of a step as tensors, one a row.
+
+    inputs: what the policy takes, by name: input_ids and attention_mask (batch, query length +
+    response length), and earned (batch, response length), the scores of the tokens before each.
+    tokens, mask, token_scores: (batch, response length), padded on the right.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    token_scores: torch.Tensor
+
+    def minibatch(self, rows: torch.Tensor) -> "Batch":
+        """Return these rows of it."""
+        inputs = {name: tensor[rows] for name, tensor in self.inputs.items()}
+        return Batch(inputs, self.tokens[rows], self.mask[rows], self.token_scores[rows])
+
+
+class PolicyPass(NamedTuple):
+    """What a pass of the policy, and one of the base model, say of some responses.
+
+    Those that begin with all_ are (rows, response length, vocabulary), the others (rows, response
+    length). kl is KL(policy || base model) at each token, in nats.
+    """
+
+    all_logprobs: torch.Tensor
+    all_ref_logprobs: torch.Tensor
+    logprobs: torch.Tensor
+    values: torch.Tensor
+    kl: torch.Tensor
+
+
+class Experience(NamedTuple):
+    """What a step learns from: the policy that sampled, and how it turned out.
+
+    All are (batch, response length).
+    """
+
+    logprobs: torch.Tensor
+    values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+    def minibatch(self, rows: torch.Tensor) -> "Experience":
+        """Return these rows of it."""
+        return Experience._make(tensor[rows] for tensor in self)
+
+
+UPDATE_METRICS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "entropy")
+
+
 class ExactKLTrainer:
     """TRL's PPOTrainer, its step written out, with exact KLs and a score for each token.
 
@@ -353,127 +503,228 @@ class ExactKLTrainer:
     that has it can't teach the policy to lower KL_t itself. The gradient of KL_t therefore joins
     the loss: of a reward that depends on the parameters, grad E[R] = E[R grad ln p] + E[grad R],
     where PPO's clipped loss is the first term.
+
+    Of several processes each has the whole batch, and does its share of each minibatch.
     """
 
-    def step(self, queries, responses, token_scores):
+    def step(
+        self,
+        queries: list[torch.Tensor],
+        responses: list[torch.Tensor],
+        token_scores: list[torch.Tensor],
+    ) -> tuple[dict[str, float], list[float]]:
         """Improve the policy with one batch of responses.
 
-        Returns the step's metrics as floats, and the KL in nats of each response as a list.
-
-        queries, responses: lists of 1-D tensors of token ids. token_scores: what each token of each
-        response earns, 1-D float tensors. Below, tensors are (batch, response length), and those
-        that begin with all_ have the vocabulary as a third dimension, and only a minibatch of rows.
-        Of several processes each has the whole batch, and does its share of each minibatch.
+        queries, responses: 1-D tensors of token ids. token_scores: what each token of a response
+        earns, 1-D float tensors. Returns the step's metrics, and the KL of each response in nats.
         """
-        config, accelerator = self.config, self.accelerator
-        kl_coef = self.kl_ctl.value  # which stays as it is
-        inputs, mask = pad_batch(self.tokenizer, queries, responses, accelerator.device)
-        tokens = inputs["input_ids"][:, -mask.shape[1] :]
-        token_scores = torch.nn.utils.rnn.pad_sequence(token_scores, True).to(mask.device)
-        inputs["earned"] = token_scores.cumsum(1) - token_scores  # before each token
+        config = self.config
+        batch = self.make_batch(queries, responses, token_scores)
 
-        # The policy that sampled, and the base model. Where one minibatch is the whole batch, this
-        # pass of the policy is that of the first update too, and the base model's that of all.
-        order = torch.arange(len(mask), device=mask.device)
-        whole = config.mini_batch_size >= len(mask)
-        logprobs, values, kl = torch.zeros(3, *mask.shape, device=mask.device)
-        for rows in order.split(config.mini_batch_size):
-            rows = self.share(rows)
-            batch = {name: inputs[name][rows] for name in inputs}
-            all_ref_logprobs = self.ref_pass(batch)
-            with torch.set_grad_enabled(whole):
-                all_new_logprobs, new_values = self.model(**batch)
-                new_kl = self._kl_penalty(all_new_logprobs, all_ref_logprobs)  # KL(first || second)
-            logprobs[rows] = of_tokens(all_new_logprobs, tokens[rows]).detach()
-            values[rows] = new_values.detach()
-            kl[rows] = new_kl.detach()
-        logprobs, values, kl = accelerator.reduce(torch.stack([logprobs, values, kl]), "sum")
+        # 1. Score and ref pass: the policy that sampled, and the base model.
+        logprobs, values, kl, first_pass = self.look_at(batch)
 
-        # Rewards: the scores less the price of KL(policy || base model).
-        kl = kl * mask
-        rewards = token_scores - kl_coef * kl
+        # 2. KL and rewards: what a token earns, less the price of its KL.
+        kl = kl * batch.mask
+        rewards = batch.token_scores - config.init_kl_coef * kl
 
-        # Advantages and returns, by TRL's GAE. TRL whitens its advantages, which would blow up the
-        # noise of a batch of like scores; those here stay in units of the score.
-        values, _whitened, returns = self.compute_advantages(values, rewards, mask)
-        advantages = (returns - values) * mask
+        # 3. Advantages and returns.
+        values = values * batch.mask
+        advantages, returns = compute_advantages(
+            values, rewards, batch.mask, gamma=config.gamma, lam=config.lam
+        )
 
-        names = ["policy_loss", "value_loss", "approx_kl", "clip_fraction", "entropy"]
-        of_trl = "loss/policy", "loss/value", "policy/approxkl", "policy/clipfrac", "policy/entropy"
-        updates, skipped_updates = [], 0
-        max_norm = config.max_grad_norm or math.inf
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for epoch in range(config.ppo_epochs):
-            if not whole:
-                order = order[torch.randperm(len(order))]
-                order = accelerate.utils.broadcast(order)  # the same in all processes
-            for rows in order.split(config.mini_batch_size):
-                tokens_of_all = mask[rows].sum()
-                rows = self.share(rows)
-                part = mask[rows].sum() / tokens_of_all  # of the minibatch, 1 for a single process
-                batch = {name: inputs[name][rows] for name in inputs}
-                if not whole:
-                    all_ref_logprobs = self.ref_pass(batch)
-                if epoch or not whole:
-                    all_new_logprobs, new_values = self.model(**batch)
-                    new_kl = self._kl_penalty(all_new_logprobs, all_ref_logprobs)
+        # 4. Updates: several passes over the batch, in minibatches.
+        experience = Experience(logprobs, values, advantages, returns)
+        updates, skipped_updates = self.learn(batch, experience, first_pass)
 
-                # TRL's clipped losses, means per token; the value loss has its VF_COEF already.
-                policy_loss, value_loss, stats = self.loss(
-                    old_logprobs=logprobs[rows],
-                    values=values[rows],
-                    logits=all_new_logprobs.detach(),  # for the entropy
-                    vpreds=new_values,
-                    logprobs=of_tokens(all_new_logprobs, tokens[rows]),
-                    mask=mask[rows],
-                    advantages=advantages[rows],
-                    returns=returns[rows],
-                )
-                mean_kl = trl.core.masked_mean(new_kl, mask[rows])
-                loss = policy_loss + kl_coef * mean_kl + value_loss
-                figures = torch.stack([loss.detach(), *(stats[name] for name in of_trl)])
-                updates.append(accelerator.reduce(figures * part, "sum"))
-
-                # An update whose loss or gradient is not finite is skipped: nothing moves. float16's
-                # scaler must be asked all the same. It leaves out an update with bad gradients by
-                # itself and lowers its scale; that is its way to find one, so it is not counted.
-                # The gradients of several processes are averaged, where their sum is wanted.
-                accelerator.backward(loss * part * accelerator.num_processes)
-                norm = accelerator.clip_grad_norm_(parameters, max_norm)
-                finite_loss = updates[-1][0].isfinite()
-                finite = finite_loss & norm.isfinite()
-                if finite or accelerator.scaler:
-                    self.optimizer.step()
-                self.optimizer.zero_grad()
-                skipped_updates += int(not (finite_loss if accelerator.scaler else finite))
-
-        means = dict(zip(names, torch.stack(updates)[:, 1:].mean(0).tolist()))
-        # Each approx_kl was measured before its update, from the policy that sampled; wanted is the
-        # one after the last. The way grows with the number of updates, the KL with its square.
-        squares = [number**2 for number in range(len(updates) + 1)]
-        means["approx_kl"] *= len(updates) * squares[-1] / max(sum(squares[:-1]), 1)
+        # 5. Metrics: means over the updates, but for the way of the whole step.
+        means = dict(zip(UPDATE_METRICS, updates.mean(0).tolist()))
+        means["approx_kl"] *= approx_kl_growth(len(updates))
         metrics = {
-            "kl": kl.sum(1).mean().item(),  # nats per response, of the policy that sampled
-            "kl_coef": kl_coef,
+            "kl": kl.sum(1).mean().item(),
+            "kl_coef": config.init_kl_coef,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **means,
             "skipped_updates": skipped_updates,
         }
         return metrics, kl.sum(1).tolist()
 
-    def share(self, rows):
-        """Return the part of the rows that this process takes on: all, where it is the only one."""
-        return rows.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
+    def make_batch(
+        self,
+        queries: list[torch.Tensor],
+        responses: list[torch.Tensor],
+        token_scores: list[torch.Tensor],
+    ) -> Batch:
+        """Return a step's lists as padded tensors on the device."""
+        inputs, mask = pad_batch(self.tokenizer, queries, responses, self.accelerator.device)
+        tokens = inputs["input_ids"][:, -mask.shape[1] :]
+        scores = torch.nn.utils.rnn.pad_sequence(token_scores, batch_first=True).to(mask.device)
+        inputs["earned"] = scores.cumsum(1) - scores
+        return Batch(inputs, tokens, mask, scores)
 
-    def ref_pass(self, batch):
+    # ---------------------------------------------------------------- 1. score and ref pass
+    def look_at(
+        self, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PolicyPass | None]:
+        """Return logprobs, values and KL of the policy that sampled, and its pass where it is kept.
+
+        The three are (batch, response length). Where one minibatch is the whole batch, this pass is
+        that of the first update too, and has its gradient.
+        """
+        is_whole = self.config.mini_batch_size >= len(batch.mask)
+        logprobs = torch.zeros_like(batch.token_scores)
+        values = torch.zeros_like(batch.token_scores)
+        kl = torch.zeros_like(batch.token_scores)
+        first_pass = None
+
+        order = torch.arange(len(batch.mask), device=batch.mask.device)
+        for rows in order.split(self.config.mini_batch_size):
+            own_rows = self.share(rows)
+            minibatch = batch.minibatch(own_rows)
+            all_ref_logprobs = self.ref_pass(minibatch.inputs)
+            with torch.set_grad_enabled(is_whole):
+                first_pass = self.policy_pass(minibatch, all_ref_logprobs)
+            logprobs[own_rows] = first_pass.logprobs.detach()
+            values[own_rows] = first_pass.values.detach()
+            kl[own_rows] = first_pass.kl.detach()
+
+        # The rows of the other processes are 0 here, so that a sum over all puts them together.
+        logprobs = self.accelerator.reduce(logprobs, "sum")
+        values = self.accelerator.reduce(values, "sum")
+        kl = self.accelerator.reduce(kl, "sum")
+        return logprobs, values, kl, first_pass if is_whole else None
+
+    def share(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the part of the rows that this process takes on: all, where it is the only one."""
+        shares = rows.tensor_split(self.accelerator.num_processes)
+        return shares[self.accelerator.process_index]
+
+    def ref_pass(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return all_logprobs of the base model, which is the policy with its adapter off."""
         with torch.no_grad(), self.optional_peft_ctx():
-            return self.accelerator.unwrap_model(self.model)(**batch)[0]
+            all_ref_logprobs, _ = self.accelerator.unwrap_model(self.model)(**inputs)
+        return all_ref_logprobs
+
+    def policy_pass(self, batch: Batch, all_ref_logprobs: torch.Tensor) -> PolicyPass:
+        """Return what the policy, as it is now, says of the responses of a minibatch."""
+        all_logprobs, values = self.model(**batch.inputs)
+        kl = self._kl_penalty(all_logprobs, all_ref_logprobs)
+        logprobs = of_tokens(all_logprobs, batch.tokens)
+        return PolicyPass(all_logprobs, all_ref_logprobs, logprobs, values, kl)
+
+    # ----------------------------------------------------------------------------- 4. updates
+    def learn(
+        self,
+        batch: Batch,
+        experience: Experience,
+        first_pass: PolicyPass | None,
+    ) -> tuple[torch.Tensor, int]:
+        """Take PPO_EPOCHS passes over the batch, an update for each minibatch.
+
+        Returns UPDATE_METRICS of the updates (updates, 5), and how many of them were skipped.
+        """
+        updates, skipped_updates = [], 0
+        order = torch.arange(len(batch.mask), device=batch.mask.device)
+        for epoch in range(self.config.ppo_epochs):
+            # The order is drawn alike in all processes. That of a single minibatch is all the same.
+            if first_pass is None:
+                order = order[torch.randperm(len(order))]
+                order = accelerate.utils.broadcast(order)
+
+            for rows in order.split(self.config.mini_batch_size):
+                own_rows = self.share(rows)
+                minibatch = batch.minibatch(own_rows)
+                if first_pass is None:
+                    all_ref_logprobs = self.ref_pass(minibatch.inputs)
+                    policy_pass = self.policy_pass(minibatch, all_ref_logprobs)
+                elif epoch == 0:
+                    policy_pass = first_pass
+                else:
+                    policy_pass = self.policy_pass(minibatch, first_pass.all_ref_logprobs)
+
+                # Losses are means over tokens; those of a process count by its share of them.
+                weight = minibatch.mask.sum() / batch.mask[rows].sum()
+                own_experience = experience.minibatch(own_rows)
+                figures, is_skipped = self.update(minibatch, own_experience, policy_pass, weight)
+                updates.append(figures)
+                skipped_updates += is_skipped
+        return torch.stack(updates), skipped_updates
+
+    def update(
+        self,
+        batch: Batch,
+        experience: Experience,
+        policy_pass: PolicyPass,
+        weight: torch.Tensor,
+    ) -> tuple[torch.Tensor, bool]:
+        """Take one update; return its UPDATE_METRICS (5,), and whether it was skipped.
+
+        weight: the share of the minibatch's tokens that this process has, 1 for a single process.
+        """
+        config, mask = self.config, batch.mask
+        surrogate_loss, clip_fraction = policy_loss(
+            policy_pass.logprobs, experience.logprobs, experience.advantages, mask, config.cliprange
+        )
+        squared_error = value_loss(
+            policy_pass.values, experience.values, experience.returns, mask, config.cliprange_value
+        )
+        mean_kl = masked_mean(policy_pass.kl, mask)
+        loss = surrogate_loss + config.init_kl_coef * mean_kl + config.vf_coef * squared_error
+
+        with torch.no_grad():
+            change = policy_pass.logprobs - experience.logprobs
+            approx_kl = 0.5 * masked_mean(change**2, mask)
+            entropy = masked_mean(entropy_of(policy_pass.all_logprobs), mask)
+        figures = [surrogate_loss, squared_error, approx_kl, clip_fraction, entropy, loss]
+        figures = torch.stack([figure.detach() for figure in figures])
+        figures = self.accelerator.reduce(figures * weight, "sum")
+        is_skipped = self.descend(loss * weight, is_finite=figures[-1].isfinite())
+        return figures[:-1], is_skipped
+
+    def descend(self, loss: torch.Tensor, is_finite: torch.Tensor) -> bool:
+        """Move the parameters down the gradient; return whether that was skipped.
+
+        An update whose loss or gradient is not finite is skipped: nothing moves. is_finite: whether
+        the loss of all processes together is.
+        """
+        # The gradients of several processes are averaged, where their sum is wanted.
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+        parameters = [weight for weight in self.model.parameters() if weight.requires_grad]
+        max_norm = self.config.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
+        has_finite_gradient = norm.isfinite()
+
+        # float16's scaler leaves out an update with bad gradients by itself, and lowers its scale.
+        # That is its way to find one, so it has to be asked, and what it leaves out is not counted.
+        has_scaler = self.accelerator.scaler is not None
+        if has_scaler or (is_finite and has_finite_gradient):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return not is_finite or not (has_scaler or has_finite_gradient)
 
 
-def of_tokens(all_logprobs, tokens):
+def of_tokens(all_logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Return the logprobs of the given tokens, (batch, length), out of those of all tokens."""
     return all_logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy_of(logits: torch.Tensor) -> torch.Tensor:
+    """Return the entropy in nats of the distributions over the last dimension."""
+    probabilities = torch.softmax(logits, dim=-1)
+    return torch.logsumexp(logits, dim=-1) - (probabilities * logits).sum(-1)
+
+
+def approx_kl_growth(updates: int) -> float:
+    """Return by how much a step's approx_kl is larger than the mean of those of its updates.
+
+    Each was measured before its update, from the policy that sampled; wanted is the one after the
+    last. The way grows with the number of updates taken, and a KL with the square of the way: 0
+    before the first update, 1, 4, 9 … before the others, updates² after the last.
+    """
+    measured = sum(number**2 for number in range(updates))
+    # The first is 0, whatever the step; where there is no other, nothing is known.
+    return updates * updates**2 / max(measured, 1)
 
 
 def make_trainer(policy, tokenizer, settings, device, dtype):
@@ -1364,12 +1615,14 @@ def join_processes(device):
     return accelerate.PartialState(cpu=device == "cpu").device
 
 
-def share_out(function, rows, numbers):
+def share_out(function, rows, numbers, **arguments):
     """Return the columns that the function finds for all rows, each process doing its share."""
     state = accelerate.PartialState()
     first, last = (len(rows) * (state.process_index + n) // state.num_processes for n in (0, 1))
     try:
-        found = function(rows[first:last], numbers[first:last]) if first < last else ()
+        found = ()
+        if first < last:
+            found = function(rows[first:last], numbers[first:last], **arguments)
     except RunError as error:
         found = error
     all_found = accelerate.utils.gather_object([found])
