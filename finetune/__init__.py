@@ -1,0 +1,1 @@
+"""What the four scripts share: a plain folder beside them, nothing to install."""
