@@ -1,0 +1,124 @@
+"""Which device and which process this is, and how several processes share the work."""
+
+# Settings are checked before the heavy libraries are loaded, which takes seconds, and the checks
+# ask this file. So a function imports the libraries that it needs.
+import itertools
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import RunError
+
+if TYPE_CHECKING:
+    import torch
+
+
+# -------------------------------------------------------------------------------------- the device
+def pick_device(device: str, dtype: str) -> tuple[str, str]:
+    """Return the device, cuda, mps or cpu, and the name of the dtype of the frozen weights."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype != "auto":
+        return device, dtype
+    if device == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return device, "bfloat16" if has_bfloat16 else "float16"
+
+    # A CPU with AMX has matrix units for bfloat16.
+    if device == "cpu" and torch.cpu._is_amx_tile_supported():
+        return device, "bfloat16"
+    return device, "float32"
+
+
+def device_name(device: "torch.device") -> str:
+    """Return the device in words."""
+    import torch
+    from accelerate import PartialState
+
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        name = f"CPU with {threads} thread{'s' if threads > 1 else ''}"
+    elif device.type == "mps":
+        name = "Apple GPU"
+    else:
+        name = torch.cuda.get_device_name(device)
+    processes = PartialState().num_processes
+    return name if processes == 1 else f"{processes} processes, each {name}"
+
+
+# ----------------------------------------------------------------------------- several processes
+def is_main_process() -> bool:
+    """Return whether this process is the one that prints, writes and saves."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def process_count() -> int:
+    """Return how many processes were launched, on all machines together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_processes(device: str) -> "torch.device":
+    """Wait for the other processes of a launch, if there are any; return this one's own device."""
+    import torch
+    from accelerate import PartialState
+
+    # More threads than cores would wait for each other.
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if neighbours > 1:
+        threads = max((os.cpu_count() or 1) // neighbours, 1)
+        wanted = os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        torch.set_num_threads(int(wanted))
+    return PartialState(cpu=device == "cpu").device
+
+
+def share_out(
+    work: Callable[..., Any],
+    rows: list[Any],
+    numbers: "torch.Tensor",
+    **arguments: Any,
+) -> Any:
+    """Return what work finds for all rows, each process doing its share of them.
+
+    work: takes rows, as many numbers, and the arguments; it returns a named tuple of lists with an
+    item for each row. The result is such a tuple with the lists of all processes, one after
+    another. A RunError in one process is raised in all of them.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState()
+    first = len(rows) * state.process_index // state.num_processes
+    last = len(rows) * (state.process_index + 1) // state.num_processes
+
+    # A process without rows, and one that failed, still has to take part in what all do together.
+    result = None
+    if first < last:
+        try:
+            result = work(rows[first:last], numbers[first:last], **arguments)
+        except RunError as error:
+            result = error
+
+    results = [result for result in gather_object([result]) if result is not None]
+    for result in results:
+        if isinstance(result, RunError):
+            raise result
+    columns = [list(itertools.chain.from_iterable(lists)) for lists in zip(*results)]
+    return results[0]._make(columns)
+
+
+# ---------------------------------------------------------------------------------- random numbers
+def random_numbers(key: tuple[int, ...], count: int, length: int) -> "torch.Tensor":
+    """Return numbers, uniform in (0, 1], for sampling: a row of them depends on key and place alone.
+
+    Returns float32 (count, length).
+    """
+    import numpy
+    import torch
+
+    numbers = numpy.empty((count, length))
+    for place in range(count):
+        generator = numpy.random.default_rng([*key, place])
+        numbers[place] = 1 - generator.random(length)
+    return torch.tensor(numbers, dtype=torch.float32)
