@@ -1,0 +1,84 @@
+"""Settings that do not fit each other, or the machine: checked before anything is loaded."""
+
+# Each function has the settings that it looks at as its arguments, by name. It is asked where all
+# of them are right by themselves (settings.py), and imports a heavy library only where it has to.
+import importlib.util
+import os
+from pathlib import Path
+
+from finetune.errors import SettingsError, blame, shorten
+from finetune.hub import bases_of
+from finetune.processes import is_main_process, pick_device, process_count
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+def check_batches(batch_size: int, mini_batch_size: int) -> None:
+    """Refuse batches that can't be divided."""
+    name = "MINI_BATCH_SIZE" if mini_batch_size else "BATCH_SIZE"
+    size = mini_batch_size or batch_size
+    if process_count() > size:
+        remedy = f"give at least {process_count()}, a response for each process"
+        raise SettingsError(f"{name} is {size}: {remedy}")
+    if batch_size % size:
+        remedy = f"give 0 or a divisor of BATCH_SIZE, {batch_size}"
+        raise SettingsError(f"MINI_BATCH_SIZE is {mini_batch_size}: {remedy}")
+
+
+def check_alone(output_dir: str) -> None:
+    """Refuse a launch of several processes."""
+    if process_count() > 1:
+        problem = f"WORLD_SIZE is {process_count()}: this stage is one process"
+        raise SettingsError(f"{problem}: start it with python")
+
+
+def check_device(device: str, dtype: str) -> None:
+    """Refuse a device or a dtype that is not there."""
+    if device in ("cuda", "mps"):
+        import torch
+
+        if not getattr(torch, device).is_available():
+            raise SettingsError(f"DEVICE is {device}: give cpu, since PyTorch sees no such GPU")
+    if dtype == "float16" and pick_device(device, dtype)[0] == "cpu":
+        raise SettingsError("DTYPE is float16: give float32 or bfloat16 on a CPU")
+
+
+def check_trackers(report_to: list[str]) -> None:
+    """Refuse a tracker that is not known, not installed, or that wants a login."""
+    for name in report_to:
+        if name not in TRACKERS:
+            remedy = "give any of tensorboard, wandb and trackio"
+            raise SettingsError(f"REPORT_TO is {shorten(name)}: {remedy}")
+        # A mere folder of that name is found too, but has no origin.
+        package = importlib.util.find_spec(name)
+        if package is None or package.origin is None:
+            raise SettingsError(f"REPORT_TO is {name}: leave it out, or pip install {name}")
+    if "wandb" in report_to and is_main_process():
+        os.environ.setdefault("WANDB_SILENT", "true")
+        with blame("REPORT_TO", "wandb", "run: wandb login, or set WANDB_MODE=offline"):
+            importlib.import_module("wandb").login()
+
+
+def check_output(model_name: str, output_dir: str) -> None:
+    """Refuse an output folder that can't be written, or where that would harm something."""
+    with blame("OUTPUT_DIR", output_dir, "name another folder"):
+        if output_dir.startswith("~"):
+            raise ValueError("~ is no folder here")
+
+        output = Path(output_dir).absolute()
+        existing = next(path for path in (output, *output.parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ValueError(f"{existing} can't be written")
+
+        names = {path.name for path in output.iterdir()} if output.exists() else set()
+        if names and names.isdisjoint({"metrics.jsonl", "report.json", "checkpoint"}):
+            raise ValueError("it holds files that are not a run's")
+
+        # An earlier run is moved aside, and what is in its folder would go with it.
+        for path in (".", *bases_of(model_name)):
+            if Path(path).resolve().is_relative_to(output.resolve()):
+                raise ValueError("the current folder or the model is in it")
+
+
+# What the scripts that train have in common.
+OF_TRAINING = (check_batches, check_device, check_trackers, check_output)
