@@ -18,10 +18,9 @@ VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
     "as it is": ([], ""),
     "far scores as they are": (
         [],
-        "scaled = train_rlhf.on_scale\n"
-        "def straight(scores, scale):\n"
-        "    return scaled(scores, scale | {'graded': False})\n"
-        "train_rlhf.on_scale = straight",
+        "def straight(scale, scores):\n"
+        "    return (scores - scale.mean) / scale.deviation\n"
+        "train_rlhf.Scale.apply = straight",
     ),
     "no scale": (["--scale-samples", "0"], ""),
 }

@@ -49,13 +49,12 @@ VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
     ),
     "advantages whitened": (
         [],
-        "from trl import PPOTrainer\n"
         "from trl.core import masked_whiten\n"
-        "loss = PPOTrainer.loss\n"
-        "def of_whitened(self, advantages, mask, **others):\n"  # an update has the whole batch
-        "    advantages = masked_whiten(advantages, mask)\n"
-        "    return loss(self, advantages=advantages, mask=mask, **others)\n"
-        "PPOTrainer.loss = of_whitened",
+        "loss = train_rlhf.policy_loss\n"
+        "def of_whitened(logprobs, old_logprobs, advantages, mask, clip_range):\n"
+        "    advantages = masked_whiten(advantages, mask)\n"  # an update has the whole batch
+        "    return loss(logprobs, old_logprobs, advantages, mask, clip_range)\n"
+        "train_rlhf.policy_loss = of_whitened",
     ),
     "the critic does not see what was earned": (
         [],

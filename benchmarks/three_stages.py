@@ -22,20 +22,22 @@ from learning import ROOT, commit, read_lines, run_stage
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it: runs stand side by side
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
+import torch
 from make_data import gold, speaks_of_family
 
-import train_rlhf
+from finetune.command import silence_libraries, silence_loggers
+from finetune.scorers import load_classifier
 
 PAIRS = (100, 300, 1000)
 KL_COEFS = (0.3, 0.1, 0.03, 0.01)
 FRESH_PAIRS = 2000  # on which reward models are measured; they learned from none of them
 CRITIC = """
-import functools, torch
+import torch
 make_policy = train_rlhf.make_policy
 def with_a_critic(model, tokenizer, settings):
     policy = make_policy(model, tokenizer, settings)
-    kind = train_rlhf.transformers.AutoModelForSequenceClassification
-    judge = kind.from_pretrained(settings.reward)
+    auto_class = train_rlhf.transformers.AutoModelForSequenceClassification
+    judge = auto_class.from_pretrained(settings.reward)
     head = policy.v_head.summary  # what is still to come: the score as it looks, less what is earned
     with torch.no_grad():
         head.weight[0] = judge.score.weight[0] / judge.config.score_std
@@ -84,10 +86,9 @@ def train_reward(folder, pairs):
     data.write_text("".join(lines[:pairs]), encoding="utf-8")
     flags = ["--model-name", folder / "sft_model", "--data", data, "--learning-rate", "3e-3"]
     report, _ = run_stage("train_reward_model", output, flags)
-    train_rlhf.silence_libraries()
-    score, _ = train_rlhf.load_classifier(
-        "REWARD", str(output), "", 64, train_rlhf.torch.device("cpu")
-    )
+    silence_loggers()
+    silence_libraries()
+    score, _ = load_classifier("REWARD", str(output), "", 64, torch.device("cpu"))
     rows = read_lines(folder / "fresh" / "pairs.jsonl")
     prompts = [row["prompt"] for row in rows]
     better, worse = (score(prompts, [row[name] for row in rows]) for name in ("chosen", "rejected"))

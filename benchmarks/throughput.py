@@ -88,15 +88,15 @@ def ours(folder, steps, flags):
 
         return call
 
-    def mark(*arguments):
+    def mark(*arguments, **options):
         marks.append(spent | {"all": time.perf_counter()})
-        return make_record(*arguments)
+        return make_record(*arguments, **options)
 
-    trainer, make_record = train_rlhf.ExactKLTrainer, train_rlhf.make_record
-    train_rlhf.rollout = timed("generation", train_rlhf.rollout)
+    trainer, make_record = train_rlhf.ExactKLTrainer, train_rlhf.measurement.make_record
+    train_rlhf.sample_responses = timed("generation", train_rlhf.sample_responses)
     trainer.ref_pass = timed("scoring", trainer.ref_pass)
     trainer.step = timed("step", trainer.step)
-    train_rlhf.make_record = mark
+    train_rlhf.measurement.make_record = mark
     with tempfile.TemporaryDirectory() as output:
         options = ["--model-name", str(folder), "--output-dir", str(Path(output, "run"))]
         options += ["--training-epochs", str(steps * 10 / 6), "--eval-samples", "1"]
@@ -162,8 +162,11 @@ def floor(folder, steps, flags):
     import torch
     from transformers import AutoConfig
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    from finetune.processes import pick_device
+
+    # In the dtype that the run has, which is 16 bits on a GPU and on a CPU with AMX.
+    device, dtype_name = pick_device("auto", dtype_of(flags))
+    dtype = getattr(torch, dtype_name)
     config = AutoConfig.from_pretrained(folder)
     hidden, wide = config.hidden_size, config.intermediate_size
     keys = hidden // config.num_attention_heads * config.num_key_value_heads
@@ -201,6 +204,13 @@ def floor(folder, steps, flags):
     figures |= {"rate": rate, "bandwidth": bandwidth, "few": few}
     figures["weights"] = (body + 2 * head) * size
     return figures
+
+
+def dtype_of(flags):
+    """Return the DTYPE that the flags of train_rlhf.py ask for, auto where they don't."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--dtype", default="auto")
+    return parser.parse_known_args(flags)[0].dtype
 
 
 def synchronize():
