@@ -20,12 +20,10 @@ advantages, losses, step. What is not PPO is in the folder finetune/ beside this
 
 import inspect
 import math
-import os
 import re
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -112,7 +110,7 @@ RESUME = False  # go on from the checkpoint in OUTPUT_DIR
 REPORT_TO = []  # tensorboard, wandb, trackio: the metrics there too (pip install them); [] = off
 
 
-# --------------------------------------------------------------------- what the constants may be
+# ------------------------------------------------------------ what the constants may be
 class Settings(TrainingSettings):
     """The constants of this script beside those that others have too, in lower case."""
 
@@ -164,20 +162,19 @@ import torch
 import transformers
 import trl
 
-from finetune import measurement, models, output, processes, progress, scorers
+from finetune import functions, measurement, models, output, processes, progress, scorers
 from finetune.checkpoint import Checkpoint, check_resume, hash_files
 from finetune.data import Row
-from finetune.measurement import Measured
+from finetune.evaluation import measure_and_save, measure_scale
 from finetune.progress import Metrics
 from finetune.sampling import sample_responses
 from finetune.scorers import Scale, Scorer
-from finetune.summary import summarize
 from finetune.tokens import encode, for_decoder, pad_batch, texts_of
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 
 
-# --------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------ the run
 @dataclass(frozen=True)
 class Learner:
     """What takes part in a run from its beginning to its end.
@@ -250,7 +247,7 @@ def load(
 
 def train(learner: Learner, rows: list[Row], metrics: Metrics, checkpoint: Checkpoint) -> None:
     """Take PPO steps until the samples are used up; append the record of each to metrics."""
-    trainer, settings = learner.trainer, learner.settings
+    settings, optimizer = learner.settings, learner.trainer.optimizer
     total_steps = progress.count_steps(settings, rows)
     start = time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
     log = progress.MetricsLog(
@@ -261,16 +258,9 @@ def train(learner: Learner, rows: list[Row], metrics: Metrics, checkpoint: Check
     with command.stop_on_signal(after_step=True) as stop, log:
         try:
             for step in range(len(metrics) + 1, total_steps + 1):
-                # A step's chance is its own, so that a run can go on anywhere.
-                torch.manual_seed(settings.seed * 10**6 + step)
                 batch = data.batch_of_step(step, rows, settings.batch_size, settings.seed)
-                numbers = processes.random_numbers(
-                    (settings.seed, step, 0), len(batch), settings.max_new_tokens
-                )
-                rollout = processes.share_out(sample_and_score, batch, numbers, learner=learner)
-                stats, kls = trainer.step(rollout.queries, rollout.responses, rollout.token_scores)
+                rollout, stats, kls = take_step(learner, step, batch)
                 stats["seconds"] = time.perf_counter() - start
-
                 record = measurement.make_record(
                     step,
                     rollout.texts,
@@ -284,9 +274,10 @@ def train(learner: Learner, rows: list[Row], metrics: Metrics, checkpoint: Check
                 samples = measurement.samples_of_step(
                     step, batch, rollout.texts, rollout.scores, kls
                 )
-                measurement.log_step(log, metrics, samples, settings.max_new_tokens)
+                warnings = measurement.warnings_of(metrics, settings.max_new_tokens)
+                log.write(metrics, measurement.progress_text(metrics), samples, warnings)
                 progress.give_up_on_bad_numbers(metrics, "lower TARGET_APPROX_KL, or ")
-                set_learning_rate(trainer.optimizer, metrics, total_steps, settings)
+                set_learning_rate(optimizer, metrics, total_steps, settings)
 
                 # Nothing is saved right after numbers that were not finite.
                 stop.agree()
@@ -303,7 +294,25 @@ def train(learner: Learner, rows: list[Row], metrics: Metrics, checkpoint: Check
             raise
 
 
-# ------------------------------------------------------------------------------------ the policy
+def take_step(
+    learner: Learner, step: int, rows: list[Row]
+) -> tuple["Rollout", dict[str, float], list[float]]:
+    """Let the policy respond to the prompts of a step, and improve it by how that scored.
+
+    Returns what was said, and what ExactKLTrainer.step returns: its metrics and the KLs.
+    """
+    # A step's chance is its own, so that a run can go on anywhere.
+    settings = learner.settings
+    torch.manual_seed(settings.seed * 10**6 + step)
+    key = (settings.seed, step, 0)
+    numbers = processes.random_numbers(key, len(rows), settings.max_new_tokens)
+
+    rollout = processes.share_out(sample_and_score, rows, numbers, learner=learner)
+    stats, kls = learner.trainer.step(rollout.queries, rollout.responses, rollout.token_scores)
+    return rollout, stats, kls
+
+
+# --------------------------------------------------------------------------- the policy
 class PolicyWithValueHead(torch.nn.Module):
     """A language model with a value head that also sees what a response has earned so far.
 
@@ -393,7 +402,7 @@ def make_policy(model: Any, tokenizer: Tokenizer, settings: Settings) -> PolicyW
     return policy
 
 
-# ----------------------------------------------------------------------------------- the rollout
+# -------------------------------------------------------------------------- the rollout
 class Rollout(NamedTuple):
     """What was said in a step, and how it scored: lists with an item for each response.
 
@@ -434,7 +443,7 @@ def sample_and_score(rows: list[Row], numbers: torch.Tensor, learner: Learner) -
     return Rollout(queries, responses, texts, scores, token_scores)
 
 
-# ------------------------------------------------------------------------------------ the reward
+# --------------------------------------------------------------------------- the reward
 def positive_word_reward(
     prompts: list[str],
     completions: list[str],
@@ -463,7 +472,7 @@ def load_reward(
     settings: Settings, rows: list[Row], device: torch.device
 ) -> tuple[Scorer, Scale | None]:
     """Return what REWARD names, tried on two of the rows, and its scale if it is known."""
-    function = scorers.local_function(settings.reward, REWARD, globals())
+    function = functions.local_function(settings.reward, REWARD, globals())
     is_rule = function is positive_word_reward
     if is_rule:
         function = partial(positive_word_reward, positive_words=settings.positive_words)
@@ -520,7 +529,7 @@ def score_responses(
     return scores, token_scores
 
 
-# ------------------------------------------------------------------------ advantages and returns
+# --------------------------------------------------------------- advantages and returns
 def compute_advantages(
     values: torch.Tensor,
     rewards: torch.Tensor,
@@ -551,7 +560,7 @@ def compute_advantages(
     return advantages, returns
 
 
-# ---------------------------------------------------------------------------- the clipped losses
+# ------------------------------------------------------------------- the clipped losses
 def policy_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
@@ -598,7 +607,7 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (values * mask).sum() / mask.sum()
 
 
-# ---------------------------------------------------------------------------------- the PPO step
+# ------------------------------------------------------------------------- the PPO step
 class Batch(NamedTuple):
     """The responses of a step as tensors, one a row.
 
@@ -720,7 +729,7 @@ class ExactKLTrainer(trl.PPOTrainer):
         inputs["earned"] = scores.cumsum(1) - scores
         return Batch(inputs, tokens, mask, scores)
 
-    # ------------------------------------------------------------------ 1. score and ref pass
+    # ------------------------------------------------------------ 1. score and ref pass
     def score_and_ref_pass(
         self, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PolicyPass | None]:
@@ -769,7 +778,7 @@ class ExactKLTrainer(trl.PPOTrainer):
         logprobs = of_tokens(all_logprobs, batch.tokens)
         return PolicyPass(all_logprobs, all_ref_logprobs, logprobs, values, kl)
 
-    # ----------------------------------------------------------------------------- 4. updates
+    # ----------------------------------------------------------------------- 4. updates
     def take_updates(
         self, batch: Batch, experience: Experience, first_pass: PolicyPass | None
     ) -> tuple[torch.Tensor, int]:
@@ -865,6 +874,33 @@ class ExactKLTrainer(trl.PPOTrainer):
         self.optimizer.zero_grad()
         return not is_good
 
+    # ------------------------------------------------------------------ the measurement
+    def compare_with_base(
+        self, queries: list[torch.Tensor], responses: list[torch.Tensor], is_base: bool
+    ) -> tuple[list[float], list[float]]:
+        """Return each response's KL(policy || base model) in nats, and base model's logprob.
+
+        is_base: the policy counts as the base model, which is no KL away.
+        """
+        kls, ref_logprobs = [], []
+        size = self.config.mini_batch_size
+        for start in progress.progress(range(0, len(queries), size)):
+            some_responses = responses[start : start + size]
+            # On what was earned the values alone depend.
+            token_scores = [torch.zeros(len(response)) for response in some_responses]
+            batch = self.make_batch(queries[start : start + size], some_responses, token_scores)
+            all_ref_logprobs = self.ref_pass(batch.inputs)
+            all_logprobs = all_ref_logprobs
+            if not is_base:
+                with torch.no_grad():
+                    all_logprobs, _ = self.accelerator.unwrap_model(self.model)(**batch.inputs)
+
+            kl = self._kl_penalty(all_logprobs, all_ref_logprobs) * batch.mask
+            token_ref_logprobs = of_tokens(all_ref_logprobs, batch.tokens) * batch.mask
+            kls += kl.sum(1).tolist()
+            ref_logprobs += token_ref_logprobs.sum(1).tolist()
+        return kls, ref_logprobs
+
 
 def of_tokens(all_logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Return the logprobs of the given tokens, (batch, length), out of those of all."""
@@ -921,7 +957,7 @@ def make_trainer(
     return ExactKLTrainer(config, policy, ref_model=None, tokenizer=tokenizer)
 
 
-# ----------------------------------------------------------------------------- the learning rate
+# -------------------------------------------------------------------- the learning rate
 def set_learning_rate(
     optimizer: torch.optim.Optimizer,
     metrics: Metrics,
@@ -949,106 +985,7 @@ def set_learning_rate(
         group["lr"] = min(group["lr"] * factor, highest)
 
 
-# ------------------------------------------------------------------------------- the measurement
-def measure_scale(learner: Learner, rows: list[Row]) -> Scale:
-    """Return the scale on which the base model's scores have mean 0 and deviation 1."""
-    samples = learner.settings.scale_samples
-    if samples == 0:
-        return Scale()
-    measured = measure(learner, rows, samples, number=0, base=True)
-    return scorers.scale_of(torch.tensor(measured.scores, dtype=torch.float64))
-
-
-def measure_and_save(
-    learner: Learner, rows: list[Row], eval_rows: list[Row], metrics: Metrics
-) -> None:
-    """Measure the base model and the trained one alike; save and show what came of it."""
-    settings, model = learner.settings, learner.policy.pretrained_model
-    samples = settings.eval_samples
-    print(f"\nMeasuring before and after, {samples} samples each time", flush=True)
-    base = {"train_prompts": measure(learner, rows, samples, number=1, base=True)}
-    trained = {"train_prompts": measure(learner, rows, samples, number=1, base=False)}
-    if eval_rows:
-        base["eval_prompts"] = measure(learner, eval_rows, samples, number=2, base=True)
-        trained["eval_prompts"] = measure(learner, eval_rows, samples, number=2, base=False)
-
-    report = measurement.make_report(
-        base,
-        trained,
-        scale=replace(learner.scale, threshold=learner.threshold),
-        is_chat=data.is_turn(rows[0]["prompt"], settings.chat_template),
-        model=model,
-        settings=settings,
-        metrics=metrics,
-    )
-    if processes.is_main_process():
-        with output.whole_results(settings.output_dir) as folder:
-            models.save_model(model, learner.tokenizer, settings, folder)
-            scores = base["train_prompts"].scores
-            measurement.draw(report, scores, metrics, folder / "training.png")
-            output.write_report(report, summarize(report, "."), folder)
-    print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
-
-
-def measure(learner: Learner, rows: list[Row], samples: int, number: int, base: bool) -> Measured:
-    """Return what the policy, or the base model, says to so many prompts.
-
-    number: tells the random numbers of a measurement from those of another.
-    """
-    settings = learner.settings
-    rows = measurement.spread(rows, samples)
-    numbers = processes.random_numbers(
-        (settings.seed, 0, number), len(rows), settings.max_new_tokens
-    )
-    measured = processes.share_out(sample_and_compare, rows, numbers, learner=learner, base=base)
-    measurement.check_finite(measured)
-    return measured
-
-
-def sample_and_compare(
-    rows: list[Row], numbers: torch.Tensor, learner: Learner, base: bool
-) -> Measured:
-    """Return the score of a response to each row, and how far it is from the base model."""
-    settings, tokenizer, trainer = learner.settings, learner.tokenizer, learner.trainer
-    queries = encode(tokenizer, rows, settings.chat_template)
-    with trainer.optional_peft_ctx() if base else nullcontext():
-        responses, texts = sample_responses(
-            learner.policy.pretrained_model,
-            tokenizer,
-            queries,
-            numbers,
-            batch_size=settings.eval_batch_size,
-        )
-
-    kls, ref_logprobs = [], []
-    size = trainer.config.mini_batch_size
-    for start in progress.progress(range(0, len(queries), size)):
-        own_responses = responses[start : start + size]
-        # On what was earned the values alone depend.
-        token_scores = [torch.zeros(len(response)) for response in own_responses]
-        batch = trainer.make_batch(queries[start : start + size], own_responses, token_scores)
-        all_ref_logprobs = trainer.ref_pass(batch.inputs)
-        all_logprobs = all_ref_logprobs
-        if not base:
-            with torch.no_grad():
-                all_logprobs, _ = learner.policy(**batch.inputs)
-
-        kl = trainer._kl_penalty(all_logprobs, all_ref_logprobs) * batch.mask
-        token_ref_logprobs = of_tokens(all_ref_logprobs, batch.tokens) * batch.mask
-        kls += kl.sum(1).tolist()
-        ref_logprobs += token_ref_logprobs.sum(1).tolist()
-
-    return Measured(
-        prompts=[data.last_said(row["prompt"]) for row in rows],
-        texts=texts,
-        scores=learner.scorer(rows, texts),
-        kls=kls,
-        ref_logprobs=ref_logprobs,
-        lengths=[len(response) for response in responses],
-    )
-
-
-# ------------------------------------------------------------------------------------------ main
+# --------------------------------------------------------------------------------- main
 def main(argv: Sequence[str] = ()) -> int:
     """Train with PPO, by the constants above or flags in argv; return the exit status."""
     return command.run_main(run, argv, globals(), Settings, CHECKS)

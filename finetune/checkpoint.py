@@ -75,7 +75,7 @@ class Checkpoint:
         return state
 
 
-# ------------------------------------------------------------------------------------- on the disk
+# -------------------------------------------------------------------------- on the disk
 def state_path(folder: str) -> Path:
     """Return where the checkpoint of an output folder is."""
     return Path(folder, "checkpoint", "state.pt")
@@ -123,7 +123,7 @@ def hash_files(paths: Iterable[str]) -> dict[str, str]:
     return hashes
 
 
-# ------------------------------------------------------------------------------- before it goes on
+# -------------------------------------------------------------------- before it goes on
 def check_resume(settings: Any, steps: int, files: dict[str, str]) -> dict[str, Any]:
     """Return the last checkpoint; refuse what would make the rest of the run another one.
 

@@ -1,7 +1,8 @@
 """Settings that do not fit each other, or the machine: checked before anything is loaded."""
 
-# Each function has the settings that it looks at as its arguments, by name. It is asked where all
-# of them are right by themselves (settings.py), and imports a heavy library only where it has to.
+# Each function has the settings that it looks at as its arguments, by name. It is
+# asked where all of them are right by themselves (settings.py), and imports a heavy
+# library only where it has to.
 import importlib.util
 import os
 from pathlib import Path
@@ -12,6 +13,9 @@ from finetune.processes import is_main_process, pick_device, process_count
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
+# A folder with one of these was written by a run, and may be moved aside.
+OF_A_RUN = {"metrics.jsonl", "report.json", "checkpoint"}
+
 
 def check_batches(batch_size: int, mini_batch_size: int) -> None:
     """Refuse batches that can't be divided."""
@@ -20,6 +24,7 @@ def check_batches(batch_size: int, mini_batch_size: int) -> None:
     if process_count() > size:
         remedy = f"give at least {process_count()}, a response for each process"
         raise SettingsError(f"{name} is {size}: {remedy}")
+
     if batch_size % size:
         remedy = f"give 0 or a divisor of BATCH_SIZE, {batch_size}"
         raise SettingsError(f"MINI_BATCH_SIZE is {mini_batch_size}: {remedy}")
@@ -37,10 +42,16 @@ def check_device(device: str, dtype: str) -> None:
     if device in ("cuda", "mps"):
         import torch
 
-        if not getattr(torch, device).is_available():
-            raise SettingsError(f"DEVICE is {device}: give cpu, since PyTorch sees no such GPU")
-    if dtype == "float16" and pick_device(device, dtype)[0] == "cpu":
-        raise SettingsError("DTYPE is float16: give float32 or bfloat16 on a CPU")
+        backend = getattr(torch, device)
+        if not backend.is_available():
+            remedy = "give cpu, since PyTorch sees no such GPU"
+            raise SettingsError(f"DEVICE is {device}: {remedy}")
+
+    if dtype == "float16":
+        actual_device, _ = pick_device(device, dtype)
+        if actual_device == "cpu":
+            remedy = "give float32 or bfloat16 on a CPU"
+            raise SettingsError(f"DTYPE is float16: {remedy}")
 
 
 def check_trackers(report_to: list[str]) -> None:
@@ -49,14 +60,19 @@ def check_trackers(report_to: list[str]) -> None:
         if name not in TRACKERS:
             remedy = "give any of tensorboard, wandb and trackio"
             raise SettingsError(f"REPORT_TO is {shorten(name)}: {remedy}")
+
         # A mere folder of that name is found too, but has no origin.
         package = importlib.util.find_spec(name)
         if package is None or package.origin is None:
-            raise SettingsError(f"REPORT_TO is {name}: leave it out, or pip install {name}")
+            remedy = f"leave it out, or pip install {name}"
+            raise SettingsError(f"REPORT_TO is {name}: {remedy}")
+
     if "wandb" in report_to and is_main_process():
         os.environ.setdefault("WANDB_SILENT", "true")
-        with blame("REPORT_TO", "wandb", "run: wandb login, or set WANDB_MODE=offline"):
-            importlib.import_module("wandb").login()
+        remedy = "run: wandb login, or set WANDB_MODE=offline"
+        with blame("REPORT_TO", "wandb", remedy):
+            wandb = importlib.import_module("wandb")
+            wandb.login()
 
 
 def check_output(model_name: str, output_dir: str) -> None:
@@ -66,12 +82,15 @@ def check_output(model_name: str, output_dir: str) -> None:
             raise ValueError("~ is no folder here")
 
         output = Path(output_dir).absolute()
-        existing = next(path for path in (output, *output.parents) if path.exists())
+        paths = (output, *output.parents)
+        existing = next(path for path in paths if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ValueError(f"{existing} can't be written")
 
-        names = {path.name for path in output.iterdir()} if output.exists() else set()
-        if names and names.isdisjoint({"metrics.jsonl", "report.json", "checkpoint"}):
+        names = set()
+        if output.exists():
+            names = {path.name for path in output.iterdir()}
+        if names and names.isdisjoint(OF_A_RUN):
             raise ValueError("it holds files that are not a run's")
 
         # An earlier run is moved aside, and what is in its folder would go with it.

@@ -26,7 +26,7 @@ from finetune.settings import Check, TrainingSettings, read_settings
 DONE, FAILED, REFUSED = 0, 1, 2
 
 
-# --------------------------------------------------------------------------------------- the start
+# ---------------------------------------------------------------------------- the start
 def is_script(names: Mapping[str, Any]) -> bool:
     """Return whether a file with these global names is run, not imported nor a notebook's cell."""
     return names["__name__"] == "__main__" and "__file__" in names
@@ -121,7 +121,7 @@ def launch(run: Callable[[Any], None], settings: Any) -> int:
     return DONE
 
 
-# ----------------------------------------------------------------------------------------- the end
+# ------------------------------------------------------------------------------ the end
 def refuse(error: SettingsError) -> int:
     """Print all that is wrong with settings or input; return the exit status."""
     let_main_process_tell()
@@ -178,7 +178,7 @@ def memory_remedy(settings: Any) -> str:
     return f"{lower} and go on, or start anew with {anew}"
 
 
-# ------------------------------------------------------------------------------------------- stops
+# -------------------------------------------------------------------------------- stops
 class Stop:
     """A signal that was heard: its number in `requested`, 0 until then."""
 
@@ -220,7 +220,7 @@ def stop_on_signal(after_step: bool = False) -> Iterator[Stop]:
         raise Stopped(stop.requested)
 
 
-# -------------------------------------------------------------------------------------- the screen
+# --------------------------------------------------------------------------- the screen
 def prepare_screen() -> None:
     """Let whatever a model or a user says be shown, as far as the screen can."""
     # A notebook's output has no such method, and shows everything anyway.
@@ -234,6 +234,8 @@ def silence_libraries() -> None:
     """Keep what pinned libraries say of themselves off the screen, by name, and nothing else."""
     import transformers
 
+    # When it is loaded it sets the level of its logger.
+    silence_loggers()
     noise = [
         "`PPO(Config|Trainer)` is dep",
         "No dataset is",

@@ -26,7 +26,7 @@ FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".p
 USUAL_FIELDS = ("prompt", "messages", "text", "instruction", "question")
 
 
-# ---------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------- the files
 def is_file(entry: str) -> bool:
     """Return whether an entry means a file: it is one, or has a name like one."""
     if Path(entry).suffix.lower() in FORMATS:
@@ -87,7 +87,7 @@ def text_in(row: Row, name: str) -> str:
     return row[name]
 
 
-# -------------------------------------------------------------------------------------- the prompts
+# -------------------------------------------------------------------------- the prompts
 class Prompts(NamedTuple):
     """What PROMPTS and EVAL_PROMPTS stand for."""
 
@@ -225,7 +225,7 @@ def is_turn(prompt: Prompt, chat_template: bool) -> bool:
     return chat_template or not isinstance(prompt, str)
 
 
-# ---------------------------------------------------------------------------- shares and batches
+# ------------------------------------------------------------------- shares and batches
 def hold_out(rows: list[Any], eval_share: float, seed: int) -> tuple[list[Any], list[Any]]:
     """Return the rows to train on and a share that is held out, in an order by seed.
 

@@ -19,7 +19,7 @@ NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 FOLDERS = ["*/*"]
 
 
-# -------------------------------------------------------------------------------------- the folder
+# --------------------------------------------------------------------------- the folder
 def find_model(setting: str, name: str, remedy: str = "") -> str:
     """Return a local folder with the model, fetched where the cache lacks it.
 
@@ -59,7 +59,7 @@ def download(name: str, local_files_only: bool = False) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------ the adapters
+# ------------------------------------------------------------------------- the adapters
 def read_adapter(path: str) -> dict[str, Any] | None:
     """Return the config of the adapter in a folder, None where there is none.
 
@@ -111,7 +111,7 @@ def base_of(path: str) -> str:
     return find_model("The base of MODEL_NAME", base, remedy)
 
 
-# ------------------------------------------------------------------------------------- the configs
+# -------------------------------------------------------------------------- the configs
 def config_of(path: str) -> "transformers.PreTrainedConfig":
     """Return the config of a model, or of the one that an adapter is for."""
     import transformers

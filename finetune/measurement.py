@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from finetune.data import Prompt, Prompts, Row
-from finetune.errors import RunError
+from finetune.data import Prompts, Row
 from finetune.output import describe_run
 from finetune.processes import device_name
-from finetune.progress import Metrics, MetricsLog, count_steps, recent
+from finetune.progress import Metrics, count_steps, recent
 from finetune.scorers import Scale, success_rate
 
 Figures = dict[str, Any]
@@ -32,7 +31,7 @@ class Measured(NamedTuple):
     lengths: list[int]
 
 
-# -------------------------------------------------------------------------------- during a run
+# ------------------------------------------------------------------------- during a run
 def announce(
     model: Any,
     settings: Any,
@@ -47,7 +46,9 @@ def announce(
     that fit into the model. metrics: of the steps that are done.
     """
     trained, total = model.get_nb_trainable_parameters()
-    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    weight = model.get_input_embeddings().weight
+    dtype = str(weight.dtype).removeprefix("torch.")
+
     held_out = f"{len(eval_rows)} held out"
     if prompts.eval_source == "EVAL_SHARE":
         held_out += f": EVAL_SHARE {settings.eval_share:g}"
@@ -55,6 +56,7 @@ def announce(
     left_out = prompts.count - len(rows) - len(eval_rows)
     if left_out:
         held_out += f", {left_out} left out: empty, given twice or too long"
+
     steps = count_steps(settings, rows)
     samples = steps * settings.batch_size
     going_on = f", going on after step {len(metrics)}" if metrics else ""
@@ -95,12 +97,6 @@ def make_record(
     return record
 
 
-def log_step(log: MetricsLog, metrics: Metrics, samples: list[Row], max_new_tokens: int) -> None:
-    """Write down and show the last of the metrics and its samples."""
-    warnings = warnings_of(metrics, max_new_tokens)
-    log.write(metrics, progress_text(metrics), samples, warnings)
-
-
 def samples_of_step(
     step: int,
     rows: list[Row],
@@ -111,15 +107,22 @@ def samples_of_step(
     """Return the lines of samples.jsonl for a step."""
     samples = []
     for row, text, score, kl in zip(rows, texts, scores, kls):
-        prompt: Prompt = row["prompt"]
-        samples.append({"step": step, "prompt": prompt, "response": text, "score": score, "kl": kl})
+        sample = {
+            "step": step,
+            "prompt": row["prompt"],
+            "response": text,
+            "score": score,
+            "kl": kl,
+        }
+        samples.append(sample)
     return samples
 
 
 def progress_text(metrics: Metrics) -> str:
     """Return in words how the last 100 samples did."""
     rate = recent(metrics, "success_rate")
-    score, kl = recent(metrics, "score"), recent(metrics, "kl")
+    score = recent(metrics, "score")
+    kl = recent(metrics, "kl")
     text = f"score {score:+.2f}, KL {kl:z.2f}"
     return text if math.isnan(rate) else f"success {rate:4.0%}, {text}"
 
@@ -144,20 +147,7 @@ def warnings_of(metrics: Metrics, max_new_tokens: int) -> list[str]:
     return lines
 
 
-# ------------------------------------------------------------------------------------ the figures
-def spread(rows: list[Row], samples: int) -> list[Row]:
-    """Return so many rows, spread evenly over the given ones; fewer are each asked several times."""
-    rows = rows[:: math.ceil(len(rows) / samples)]
-    times = math.ceil(samples / len(rows))
-    return [row for row in rows for _ in range(times)]
-
-
-def check_finite(measured: Measured) -> None:
-    """Refuse a measurement with numbers that are none."""
-    if not math.isfinite(sum(measured.kls)):
-        raise RunError("the measurement is not finite: set DTYPE float32 or lower TARGET_APPROX_KL")
-
-
+# -------------------------------------------------------------------------- the figures
 def make_report(
     base: dict[str, Measured],
     trained: dict[str, Measured],
@@ -220,9 +210,13 @@ def figures_of(measured: Measured, threshold: float | None) -> Figures:
 
 def win_rate(scores: list[float], base_scores: list[float]) -> float:
     """Return how often a response scores higher than the base model's; a tie is half a win."""
-    pairs = zip(scores, base_scores)
-    wins = [0.5 if score == base else float(score > base) for score, base in pairs]
-    return sum(wins) / len(wins)
+    wins = 0.0
+    for score, base_score in zip(scores, base_scores):
+        if score > base_score:
+            wins += 1
+        elif score == base_score:
+            wins += 0.5
+    return wins / len(scores)
 
 
 def error_of_rise(before: Figures, after: Figures) -> float:
@@ -252,13 +246,13 @@ def kl_minimum(score: float, base_scores: list[float]) -> float | None:
     wanted = (score - mean) / deviation
     wanted = wanted.clamp(kept * scores.min(), kept * scores.max())
 
-    # Tilts of the other sign lower the mean.
+    # Those of the other sign lower the mean.
     tilts = wanted.sign() * torch.logspace(-3, 3, 1000, dtype=torch.float64)
     log_means = torch.logsumexp(tilts[:, None] * scores, dim=1) - math.log(count)
     return max((tilts * wanted - log_means).max().item(), 0.0)
 
 
-# ------------------------------------------------------------------------------------ the picture
+# -------------------------------------------------------------------------- the picture
 def draw(
     report: dict[str, Any], base_scores: list[float], metrics: Metrics, path: Path | str
 ) -> None:

@@ -21,7 +21,7 @@ from finetune.tokens import end_tokens, load_tokenizer, pad, pad_batch, prompts_
 HEADS = ["score", "classifier", "classification_head"]
 
 
-# ------------------------------------------------------------------------------------- the loading
+# -------------------------------------------------------------------------- the loading
 def load_model(
     settings: Any, rows: list[Row], eval_rows: list[Row], device: torch.device | str, dtype: str
 ) -> tuple[Any, transformers.PreTrainedTokenizerBase, list[Row], list[Row]]:
@@ -120,7 +120,7 @@ def load_weights(auto_class: Any, path: str, new_head: bool = False, **options: 
     return model
 
 
-# -------------------------------------------------------------------------------------- the checks
+# --------------------------------------------------------------------------- the checks
 def check_class(model: transformers.PreTrainedModel, auto_class: Any) -> None:
     """Refuse a classifier as a language model, and the other way round."""
     # Tied weights would hide it: then nothing lacks.
@@ -205,7 +205,7 @@ def check_padding(
                 raise ValueError("padding, or what follows, changes its probabilities")
 
 
-# ---------------------------------------------------------------------------------- the adaptation
+# ----------------------------------------------------------------------- the adaptation
 def add_adapter(model: transformers.PreTrainedModel, settings: Any, **options: Any) -> Any:
     """Return the model with a LoRA adapter on the layers that LORA_TARGETS names.
 
@@ -268,7 +268,7 @@ def checkpoint_layers(model: torch.nn.Module) -> None:
         layer.forward = partial(checkpoint, layer.forward, **options)
 
 
-# -------------------------------------------------------------------------------------- the saving
+# --------------------------------------------------------------------------- the saving
 def save_model(
     model: Any, tokenizer: transformers.PreTrainedTokenizerBase, settings: Any, folder: Path | str
 ) -> None:

@@ -26,7 +26,7 @@ from finetune.settings import CommonSettings
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
-# -------------------------------------------------------------------------------------- the folder
+# --------------------------------------------------------------------------- the folder
 @contextmanager
 def claim_output(folder: str, resume: bool) -> Iterator[None]:
     """Hold the output folder for this run alone; move an earlier run aside unless it goes on.
@@ -89,7 +89,7 @@ def move_aside(output: Path) -> None:
     print(f"The earlier run in {output}/ was moved to {aside}/")
 
 
-# ------------------------------------------------------------------------------------- the results
+# -------------------------------------------------------------------------- the results
 @contextmanager
 def whole_results(folder: str) -> Iterator[Path]:
     """Yield a folder for results, README.md among them, then move them: none is torn.
@@ -158,7 +158,7 @@ def card_data(report: dict[str, Any]) -> ModelCardData:
     )
 
 
-# -------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------- the report
 def describe_run(
     model: Any,
     settings: CommonSettings,

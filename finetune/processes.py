@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# -------------------------------------------------------------------------------------- the device
+# --------------------------------------------------------------------------- the device
 def pick_device(device: str, dtype: str) -> tuple[str, str]:
     """Return the device, cuda, mps or cpu, and the name of the dtype of the frozen weights."""
     import torch
@@ -48,7 +48,7 @@ def device_name(device: "torch.device") -> str:
     return name if processes == 1 else f"{processes} processes, each {name}"
 
 
-# ----------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------- several processes
 def is_main_process() -> bool:
     """Return whether this process is the one that prints, writes and saves."""
     return os.environ.get("RANK", "0") == "0"
@@ -108,7 +108,7 @@ def share_out(
     return results[0]._make(columns)
 
 
-# ---------------------------------------------------------------------------------- random numbers
+# ----------------------------------------------------------------------- random numbers
 def random_numbers(key: tuple[int, ...], count: int, length: int) -> "torch.Tensor":
     """Return numbers, uniform in (0, 1], for sampling: a row of them depends on key and place alone.
 

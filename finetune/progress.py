@@ -23,7 +23,7 @@ Metrics = list[dict[str, Any]]
 BAR_FORMAT = "{n_fmt}/{total_fmt} |{bar:12}| {remaining} left, {desc}"
 
 
-# ------------------------------------------------------------------------------- steps and metrics
+# -------------------------------------------------------------------- steps and metrics
 def progress(steps: Sequence[Any]) -> Iterable[Any]:
     """Yield the steps, with a bar on a screen where there are several."""
     # With None tqdm finds out by itself whether there is a screen.
@@ -63,7 +63,7 @@ def give_up_on_bad_numbers(metrics: Metrics, remedy: str = "") -> None:
         raise RunError(f"three steps in a row had updates that are not finite: {remedy}")
 
 
-# ----------------------------------------------------------------------------------------- the log
+# ------------------------------------------------------------------------------ the log
 class MetricsLog:
     """What is told of each step to files, screen and trackers, in a with statement.
 

@@ -2,9 +2,6 @@
 
 import copy
 import inspect
-import os
-import runpy
-import sys
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,11 +12,12 @@ import transformers
 
 from finetune.data import Row, is_turn, last_said
 from finetune.errors import RunError, SettingsError, blame, shorten
+from finetune.functions import function_in_file
 from finetune.hub import find_model
 from finetune.models import load_weights
 
 
-# ---------------------------------------------------------------------------------------- the scale
+# ---------------------------------------------------------------------------- the scale
 @dataclass(frozen=True)
 class Scale:
     """How scores become what is trained on, and which of them are a success."""
@@ -67,7 +65,7 @@ def success_rate(scores: list[float], threshold: float | None) -> float | None:
     return sum(score > threshold for score in scores) / len(scores)
 
 
-# --------------------------------------------------------------------------------------- the scorer
+# --------------------------------------------------------------------------- the scorer
 @dataclass(frozen=True)
 class Scorer:
     """What returns a score for each text that was said to the prompt of a row."""
@@ -122,32 +120,7 @@ def load_scorer(
     return Scorer(setting, function, of_texts, chat_template), scale
 
 
-def local_function(name: str, constant: Any, names: dict[str, Any]) -> Callable[..., Any] | None:
-    """Return the function of a script or notebook that is meant by its name, None if there is none.
-
-    constant: the setting's, which may be a function itself, and wins over one of the same name.
-    names: the globals of the script.
-    """
-    for candidate in (constant, names.get(name)):
-        if inspect.isfunction(candidate) and candidate.__name__ == name:
-            return candidate
-    return None
-
-
-def function_in_file(setting: str, name: str) -> Callable[..., Any]:
-    """Return the function that FILE.py:FUNCTION names, or raise SettingsError."""
-    with blame(setting, name, "give FILE.py:FUNCTION"):
-        path, _, function_name = name.rpartition(":")
-        folder = os.path.dirname(os.path.abspath(path))
-        sys.path.insert(0, folder)  # for what the file imports
-
-        function = runpy.run_path(path or name).get(function_name)
-        if not callable(function):
-            raise ValueError(f"it has no function {function_name}")
-    return function
-
-
-# ------------------------------------------------------------------------------------- the function
+# ------------------------------------------------------------------------- the function
 def call_scorer(
     setting: str,
     function: Callable[..., Any],
@@ -218,7 +191,7 @@ def place_of(function: Callable[..., Any], error: BaseException) -> str:
     return f"{code.co_filename}, line {line}"
 
 
-# ----------------------------------------------------------------------------------- the classifier
+# ----------------------------------------------------------------------- the classifier
 @dataclass(frozen=True)
 class Classifier:
     """A sequence classifier as a function from prompts and completions to scores."""

@@ -24,7 +24,7 @@ from finetune.errors import SettingsError, shorten
 Check = Callable[..., object]
 
 
-# --------------------------------------------------------------------------------------- the types
+# ---------------------------------------------------------------------------- the types
 class Converter:
     """A conversion whose every failure is a ValueError, which pydantic collects.
 
@@ -90,7 +90,7 @@ def changeable() -> Any:
     return Field(json_schema_extra=CHANGEABLE)
 
 
-# -------------------------------------------------------------------------- what the scripts share
+# --------------------------------------------------------------- what the scripts share
 class CommonSettings(BaseModel):
     """What the constants of all four scripts may be."""
 
@@ -144,7 +144,7 @@ def fixed_settings(settings: CommonSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names}
 
 
-# ------------------------------------------------------------------------------------- the reading
+# -------------------------------------------------------------------------- the reading
 def read_settings(
     argv: Sequence[str],
     constants: Mapping[str, Any],

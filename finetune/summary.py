@@ -27,41 +27,65 @@ def summarize(report: dict[str, Any], folder: str) -> str:
 
     lines = [f"# {Path(settings['model_name']).name}, fine-tuned with PPO", ""]
     lines += table(report)
-    where = f"{report['samples']} samples in {report['seconds']:.0f} seconds on {report['device']}"
-    lines += ["", f"{where}, seed {settings['seed']}. The first response to each prompt:", ""]
+    lines += ["", what_was_done(report), ""]
     lines += first_responses(report)
 
-    scores = f"Score: {score_text(before)} before, {score_text(after)} after"
-    success = ""
-    if before["success_rate"] is not None:
-        success = f" Success: {before['success_rate']:.1%} before"
-        success += f", {after['success_rate']:.1%} after."
-    lines.append(f"""
-{scores}, a win rate of {after["win_rate"]:.0%},
-at {after["kl"]:z.1f} nats from the base model.{success}{advice(report)}
-
-The model is beside report.json and training.png. To load it:
-
-{how_to_load(report, folder)}
-""")
+    lines += ["", *verdict(before, after)]
+    lines[-1] += advice(report)
+    lines += ["", "The model is beside report.json and training.png. To load it:", ""]
+    lines += [how_to_load(report, folder), ""]
     return "\n".join(lines)
+
+
+def what_was_done(report: dict[str, Any]) -> str:
+    """Return in a line how much was learned from, where, and how long that took."""
+    samples = report["samples"]
+    seconds = report["seconds"]
+    device = report["device"]
+    seed = report["settings"]["seed"]
+    line = f"{samples} samples in {seconds:.0f} seconds on {device}"
+    return f"{line}, seed {seed}. The first response to each prompt:"
+
+
+def verdict(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return two lines with the scores before and after, and what they cost."""
+    score_before = score_text(before)
+    score_after = score_text(after)
+    first = f"Score: {score_before} before, {score_after} after"
+    first += f", a win rate of {after['win_rate']:.0%},"
+
+    second = f"at {after['kl']:z.1f} nats from the base model."
+    if before["success_rate"] is not None:
+        rate_before = before["success_rate"]
+        rate_after = after["success_rate"]
+        second += f" Success: {rate_before:.1%} before"
+        second += f", {rate_after:.1%} after."
+    return [first, second]
 
 
 def table(report: dict[str, Any]) -> list[str]:
     """Return the lines of a table, of base and trained model on all prompts."""
     columns = []
     for prompts in report["base"]:
-        columns += [report["base"][prompts], report["trained"][prompts]]
+        columns.append(report["base"][prompts])
+        columns.append(report["trained"][prompts])
     titles = TITLES[: len(columns)]
-    lines = [f"| {'':21} | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
+
+    border = "|---" * (len(columns) + 1)
+    lines = [table_row("", list(titles)), border + "|"]
     for name in ROWS:
         cells = []
         for title, figures in zip(titles, columns):
             value = figures[name]
             text = "-" if value is None else f"{value:z.3f}"
             cells.append(text.rjust(len(title)))
-        lines.append(f"| {name:21} | {' | '.join(cells)} |")
+        lines.append(table_row(name, cells))
     return lines
+
+
+def table_row(name: str, cells: list[str]) -> str:
+    """Return a line of the table."""
+    return f"| {name:21} | {' | '.join(cells)} |"
 
 
 def first_responses(report: dict[str, Any]) -> list[str]:
@@ -69,11 +93,13 @@ def first_responses(report: dict[str, Any]) -> list[str]:
     lines = []
     for prompts, figures in report["base"].items():
         ending = " (held out)" if prompts == "eval_prompts" else ""
+        before = figures["first_sample"]
         after = report["trained"][prompts]["first_sample"]
-        for prompt, text in list(figures["first_sample"].items())[:6]:
-            lines.append(f"    {in_a_line(prompt)}{ending}")
-            lines.append(f"        before  {in_a_line(text)}")
-            lines.append(f"        after   {in_a_line(after[prompt])}")
+        for prompt in list(before)[:6]:
+            asked = in_a_line(prompt)
+            lines.append(f"    {asked}{ending}")
+            lines.append("        before  " + in_a_line(before[prompt]))
+            lines.append("        after   " + in_a_line(after[prompt]))
     return lines
 
 
@@ -84,7 +110,9 @@ def in_a_line(text: str) -> str:
 
 def score_text(figures: dict[str, Any]) -> str:
     """Return a mean score with its standard error."""
-    return f"{figures['score']:+z.2f} ± {figures['standard_error']:.2f}"
+    score = figures["score"]
+    error = figures["standard_error"]
+    return f"{score:+z.2f} ± {error:.2f}"
 
 
 def advice(report: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from finetune.errors import SettingsError, blame, shorten
 from finetune.hub import base_of
 
 
-# ----------------------------------------------------------------------------------- the tokenizer
+# ------------------------------------------------------------------------ the tokenizer
 def load_tokenizer(path: str) -> transformers.PreTrainedTokenizerBase:
     """Return the tokenizer; its pad token is no end token where it has one to spare.
 
@@ -67,7 +67,7 @@ def end_of_turn(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
     return next(token for token in tokens if token in added_tokens)
 
 
-# -------------------------------------------------------------------------------- there, and back
+# ---------------------------------------------------------------------- there, and back
 def encode(
     tokenizer: transformers.PreTrainedTokenizerBase,
     rows: list[Row],
@@ -120,7 +120,7 @@ def decode(
     )
 
 
-# --------------------------------------------------------------------------------------- the batch
+# ---------------------------------------------------------------------------- the batch
 def pad_batch(
     tokenizer: transformers.PreTrainedTokenizerBase,
     queries: list[torch.Tensor],
@@ -179,7 +179,7 @@ def for_decoder(
     return decoder_inputs, torch.arange(length, device=ids.device)
 
 
-# ------------------------------------------------------------------------------------- the context
+# -------------------------------------------------------------------------- the context
 def prompts_that_fit(
     context: float,
     tokenizer: transformers.PreTrainedTokenizerBase,
