@@ -620,24 +620,28 @@ class Batch(NamedTuple):
     mask: torch.Tensor
     token_scores: torch.Tensor
 
-    def minibatch(self, rows: torch.Tensor) -> "Batch":
-        """Return these rows of the batch."""
-        inputs = {name: tensor[rows] for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.tokens[rows], self.mask[rows], self.token_scores[rows])
+    def minibatch(self, indices: torch.Tensor) -> "Batch":
+        """Return these responses of the batch."""
+        return Batch(
+            {name: tensor[indices] for name, tensor in self.inputs.items()},
+            self.tokens[indices],
+            self.mask[indices],
+            self.token_scores[indices],
+        )
 
 
 class PolicyPass(NamedTuple):
     """What the policy, and the base model beside it, say of the tokens of some responses.
 
-    kl is KL(policy || base model) in nats. Those that begin with all_ are (rows, response
-    length, vocabulary), the others (rows, response length).
+    kl is KL(policy || base model), entropy that of the policy, both in nats. All are
+    (responses, response length), all_ref_logprobs has the vocabulary as a third dimension.
     """
 
-    all_logprobs: torch.Tensor
     all_ref_logprobs: torch.Tensor
     logprobs: torch.Tensor
     values: torch.Tensor
     kl: torch.Tensor
+    entropy: torch.Tensor
 
 
 class Experience(NamedTuple):
@@ -651,9 +655,9 @@ class Experience(NamedTuple):
     advantages: torch.Tensor
     returns: torch.Tensor
 
-    def minibatch(self, rows: torch.Tensor) -> "Experience":
-        """Return these rows of the batch."""
-        return Experience._make(tensor[rows] for tensor in self)
+    def minibatch(self, indices: torch.Tensor) -> "Experience":
+        """Return these responses of the batch."""
+        return Experience._make(tensor[indices] for tensor in self)
 
 
 UPDATE_METRICS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "entropy")
@@ -744,25 +748,25 @@ class ExactKLTrainer(trl.PPOTrainer):
         kl = torch.zeros_like(batch.token_scores)
 
         order = torch.arange(len(batch.mask), device=batch.mask.device)
-        for rows in order.split(self.config.mini_batch_size):
-            own_rows = self.own_share(rows)
-            minibatch = batch.minibatch(own_rows)
+        for indices in order.split(self.config.mini_batch_size):
+            own_indices = self.own_share(indices)
+            minibatch = batch.minibatch(own_indices)
             all_ref_logprobs = self.ref_pass(minibatch.inputs)
             with torch.set_grad_enabled(is_whole):
                 policy_pass = self.policy_pass(minibatch, all_ref_logprobs)
-            logprobs[own_rows] = policy_pass.logprobs.detach()
-            values[own_rows] = policy_pass.values.detach()
-            kl[own_rows] = policy_pass.kl.detach()
+            logprobs[own_indices] = policy_pass.logprobs.detach()
+            values[own_indices] = policy_pass.values.detach()
+            kl[own_indices] = policy_pass.kl.detach()
 
-        # The rows of other processes are 0 here, so the sum over all has every row.
+        # Those of other processes are 0 here, so the sum over all processes has them all.
         logprobs = self.accelerator.reduce(logprobs, "sum")
         values = self.accelerator.reduce(values, "sum")
         kl = self.accelerator.reduce(kl, "sum")
         return logprobs, values, kl, policy_pass if is_whole else None
 
-    def own_share(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the rows that this process takes on: all, where it is the only one."""
-        shares = rows.tensor_split(self.accelerator.num_processes)
+    def own_share(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return the responses that this process takes on: all, where it is the only one."""
+        shares = indices.tensor_split(self.accelerator.num_processes)
         return shares[self.accelerator.process_index]
 
     def ref_pass(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -776,7 +780,8 @@ class ExactKLTrainer(trl.PPOTrainer):
         all_logprobs, values = self.model(**batch.inputs)
         kl = self._kl_penalty(all_logprobs, all_ref_logprobs)
         logprobs = of_tokens(all_logprobs, batch.tokens)
-        return PolicyPass(all_logprobs, all_ref_logprobs, logprobs, values, kl)
+        entropy = entropy_of(all_logprobs.detach())
+        return PolicyPass(all_ref_logprobs, logprobs, values, kl, entropy)
 
     # ----------------------------------------------------------------------- 4. updates
     def take_updates(
@@ -794,9 +799,9 @@ class ExactKLTrainer(trl.PPOTrainer):
                 order = order[torch.randperm(len(order))]
                 order = accelerate.utils.broadcast(order)
 
-            for rows in order.split(self.config.mini_batch_size):
-                own_rows = self.own_share(rows)
-                minibatch = batch.minibatch(own_rows)
+            for indices in order.split(self.config.mini_batch_size):
+                own_indices = self.own_share(indices)
+                minibatch = batch.minibatch(own_indices)
                 if first_pass is None:
                     all_ref_logprobs = self.ref_pass(minibatch.inputs)
                     policy_pass = self.policy_pass(minibatch, all_ref_logprobs)
@@ -806,8 +811,8 @@ class ExactKLTrainer(trl.PPOTrainer):
                     policy_pass = self.policy_pass(minibatch, first_pass.all_ref_logprobs)
 
                 # Losses are means over tokens: a process counts by its share of them.
-                weight = minibatch.mask.sum() / batch.mask[rows].sum()
-                own_experience = experience.minibatch(own_rows)
+                weight = minibatch.mask.sum() / batch.mask[indices].sum()
+                own_experience = experience.minibatch(own_indices)
                 figures, is_skipped = self.update(minibatch, own_experience, policy_pass, weight)
                 updates.append(figures)
                 skipped_updates += is_skipped
@@ -845,19 +850,18 @@ class ExactKLTrainer(trl.PPOTrainer):
         with torch.no_grad():
             log_ratio = policy_pass.logprobs - experience.logprobs
             approx_kl = 0.5 * masked_mean(log_ratio**2, mask)
-            entropy = masked_mean(entropy_of(policy_pass.all_logprobs), mask)
+            entropy = masked_mean(policy_pass.entropy, mask)
             figures = torch.stack(
                 [surrogate_loss, squared_error, approx_kl, clip_fraction, entropy, loss]
             )
             figures = self.accelerator.reduce(figures * weight, "sum")
-        is_skipped = self.descend(loss * weight, is_finite=figures[-1].isfinite().item())
+        is_skipped = self.descend(loss * weight, whole_loss=figures[-1])
         return figures[:-1], is_skipped
 
-    def descend(self, loss: torch.Tensor, is_finite: bool) -> bool:
+    def descend(self, loss: torch.Tensor, whole_loss: torch.Tensor) -> bool:
         """Move the policy down the gradient of the loss; return whether that was skipped.
 
-        It is where the gradient is not finite, or not is_finite, the loss of all processes:
-        nothing moves then.
+        whole_loss: of all processes. Where it, or the gradient, is not finite, nothing moves.
         """
         # The gradients of several processes are averaged, where their sum is wanted.
         self.accelerator.backward(loss * self.accelerator.num_processes)
@@ -868,8 +872,8 @@ class ExactKLTrainer(trl.PPOTrainer):
         # float16's scaler has to be asked each time. It leaves out an update with a bad
         # gradient by itself, and lowers its scale: its way to find one, which is not counted.
         has_scaler = self.accelerator.scaler is not None
-        is_good = is_finite and (has_scaler or norm.isfinite().item())
-        if is_good or has_scaler:
+        is_good = whole_loss.isfinite() & (has_scaler | norm.isfinite())
+        if has_scaler or is_good:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return not is_good
@@ -890,6 +894,7 @@ class ExactKLTrainer(trl.PPOTrainer):
             token_scores = [torch.zeros(len(response)) for response in some_responses]
             batch = self.make_batch(queries[start : start + size], some_responses, token_scores)
             all_ref_logprobs = self.ref_pass(batch.inputs)
+
             all_logprobs = all_ref_logprobs
             if not is_base:
                 with torch.no_grad():
@@ -918,10 +923,12 @@ def approx_kl_growth(updates: int) -> float:
 
     Each was measured before its update, from the policy that sampled; wanted is the one after
     the last. The way grows with the number of updates, and a KL with the square of the way:
-    measured are 0, 1, 4, 9 … times that of the first, and wanted is updates² times.
+    measured are 0, 1, 4, 9 … times what one update makes, and wanted is updates² times that.
     """
-    measured_mean = sum(number**2 for number in range(updates)) / updates
-    return updates**2 / measured_mean if measured_mean > 0 else 1.0
+    measured = sum(number**2 for number in range(updates))
+    if measured == 0:
+        return 1.0  # a single update can't be measured
+    return updates * updates**2 / measured
 
 
 def make_trainer(
