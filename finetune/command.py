@@ -77,6 +77,10 @@ def settings_or_exit(
         return read_settings(sys.argv[1:], constants, model, checks)
     except SettingsError as error:
         sys.exit(refuse(error))
+    except BrokenPipeError:
+        # As with --help | head: nobody reads on, so what is left to print goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(DONE)
 
 
 def run_main(
@@ -241,7 +245,6 @@ def silence_libraries() -> None:
         "No dataset is",
         ".*is_gradient_checkpointing",
         "fan_in_fan_out",
-        "IProgress",  # of tqdm in a notebook
         "Reserved keys",  # of trackio
         "Merge lora",  # into 4 bits
         "The following (rank|alpha)_pattern",  # of experts, which PEFT adapts all the same
@@ -263,3 +266,5 @@ def silence_loggers() -> None:
     """Let libraries log errors alone; before they are loaded, for some talk while they are."""
     for library in ("bitsandbytes", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    # tqdm warns in a notebook, as soon as some library imports it.
+    warnings.filterwarnings("ignore", message="IProgress")
