@@ -40,21 +40,6 @@ def read_comparisons(
     )
 
 
-def check_data(
-    score: list[str],
-    output_dir: str,
-    data: str,
-    eval_share: float,
-    seed: int,
-) -> None:
-    """Refuse data that can't be used, or, to score with, a folder without a model."""
-    if not score:
-        read_comparisons(data, eval_share, seed)
-    elif not Path(output_dir, "config.json").exists():
-        problem = "there is no model in it: train one first"
-        raise SettingsError(f"OUTPUT_DIR is {output_dir}: {problem}")
-
-
 def read_comparison(row: Row, left_out: Counter[str]) -> list[Pair] | None:
     """Return a row's comparisons, None where nothing is preferred.
 
@@ -139,6 +124,29 @@ def joined_text(before: str, answer: str) -> str:
     if not before or before[-1].isspace() or answer[:1].isspace():
         return before + answer
     return f"{before} {answer}"
+
+
+# -------------------------------------------------------------------------------------- the checks
+def check_data(
+    score: list[str],
+    output_dir: str,
+    data: str,
+    eval_share: float,
+    seed: int,
+) -> None:
+    """Refuse data that can't be used, or, to score with, a folder without a model."""
+    if not score:
+        read_comparisons(data, eval_share, seed)
+    elif not Path(output_dir, "config.json").exists():
+        problem = "there is no model in it: train one first"
+        raise SettingsError(f"OUTPUT_DIR is {output_dir}: {problem}")
+
+
+def check_head(quantization: str, lora_rank: int) -> None:
+    """Refuse to train a head alone on a quantized body, which Trainer won't do."""
+    if quantization != "none" and lora_rank == 0:
+        remedy = "give none, or LORA_RANK 1 or more"
+        raise SettingsError(f"QUANTIZATION is {quantization}: {remedy}")
 
 
 # -------------------------------------------------------------------------------------- the tokens
