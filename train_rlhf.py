@@ -4,6 +4,18 @@
     python train_rlhf.py --model-name demo_model    # the small model beside this file: offline
     python train_rlhf.py --help                     # every constant is also a flag
 
+What it maximises is E[score - KL_COEF * KL(policy || base model)]. A step of PPO (take_step):
+
+    responses = the policy samples one to each prompt (sample_and_score)
+    scores    = of the reward function; each token earns what it adds (score_responses)
+    rewards   = what each token earns - KL_COEF * its KL against the base model (step)
+    advantages = by how much it went better, from a token on, than the value head expected
+                 (compute_advantages)
+    PPO_EPOCHS times, for each minibatch (update):
+        policy loss: a token's probability goes up with its advantage, but only so far
+        value loss:  the value head learns to expect what came
+        KL_COEF * KL: pulls the policy back to the base model; one Adam step down their sum
+
 Read it from top to bottom, as the data flows: constants, run, policy, rollout, reward,
 advantages, losses, step. What is not PPO is in the folder finetune/ beside this file.
 """
@@ -89,7 +101,7 @@ TEMPERATURE = 1.0  # divides the logits of policy and base model everywhere; 1.0
 LEARNING_RATE = 3e-4  # of the first step; the later ones follow TARGET_APPROX_KL
 TARGET_APPROX_KL = 0.008  # nats per token of a step, falling to 0; 0 = LEARNING_RATE stays
 PPO_EPOCHS = 2  # passes over a batch; 1 = every sample is used once (needs TARGET_APPROX_KL 0)
-MINI_BATCH_SIZE = 0  # responses at once, a divisor of BATCH_SIZE; memory grows with it; 0 = all
+MINI_BATCH_SIZE = 0  # responses of an update, divides BATCH_SIZE; memory grows with it; 0 = all
 GRADIENT_CHECKPOINTING = False  # True saves memory, most where responses are long; it is slower
 KL_COEF = 0.1  # price of one nat of KL against the base model, in scores; 0 = free to drift
 CLIP_RANGE = 0.2  # PPO's epsilon: nothing is gained by a probability ratio outside 1 ± CLIP_RANGE
@@ -179,7 +191,7 @@ Tokenizer = transformers.PreTrainedTokenizerBase
 class Learner:
     """What takes part in a run from its beginning to its end.
 
-    scorer: the reward function. scale: on which its scores are trained on.
+    scorer: the reward function. scale: what its scores are put on before they are trained on.
     """
 
     policy: "PolicyWithValueHead"
@@ -301,7 +313,8 @@ def take_step(
 
     Returns what was said, and what ExactKLTrainer.step returns: its metrics and the KLs.
     """
-    # A step's chance is its own, so that a run can go on anywhere.
+    # All that is random in a step, the numbers that its tokens are sampled with and the order
+    # of its minibatches, follows from SEED and step: so a run can go on anywhere.
     settings = learner.settings
     torch.manual_seed(settings.seed * 10**6 + step)
     key = (settings.seed, step, 0)
@@ -345,11 +358,13 @@ class PolicyWithValueHead(torch.nn.Module):
         """Return the logprobs of all tokens at each place of the response, and its value.
 
         input_ids, attention_mask: (batch, query length + response length), of pad_batch.
-        earned: (batch, response length), the sum of the scores of the tokens before each.
-        A value, what is still to come before a token, is a linear function of it, and both
-        coefficients are learned. Returns float32 all_logprobs (batch, response length,
-        vocabulary), of the logits divided by TEMPERATURE as in sampling, and values (batch,
-        response length).
+        earned: (batch, response length), what all tokens before each one have earned.
+        Returns float32 all_logprobs (batch, response length, vocabulary), of the logits
+        divided by TEMPERATURE as in sampling, and values (batch, response length).
+
+        The value at t is what is still to come from token t on: a(h_t) + b(h_t) * earned_t,
+        with h_t the hidden state before it, a and b learned. After a success nothing is still
+        to come, and only what was earned tells of one.
         """
         model = self.pretrained_model
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -487,7 +502,9 @@ def load_reward(
         of_texts=is_rule,
     )
     scorer.try_out(rows)
-    return scorer, Scale(threshold=0.0) if is_rule else scale
+    if is_rule:
+        scale = Scale(threshold=0.0)
+    return scorer, scale
 
 
 def score_responses(
@@ -501,16 +518,17 @@ def score_responses(
 ) -> tuple[list[float], list[torch.Tensor]]:
     """Return the score of each response, and what each of its tokens earns on the scale.
 
-    With score_prefixes a token earns what it adds to the score of the text so far: every
-    beginning is scored too. That sums up to the response's score less that of the empty text,
-    so the best policy stays the best: potential-based shaping (Ng, Harada and Russell 1999),
-    exact for GAMMA 1. Without, the last token earns it all.
+    With score_prefixes a token earns what it adds to the score of the text so far: texts that
+    score -1, -1, +1 earn 0, +2. Every beginning is scored for that. The sum is the response's
+    score less that of the empty text, so with GAMMA 1 the best policy stays the best, and one
+    sees which token did it: potential-based shaping (Ng, Harada and Russell 1999).
+    Without score_prefixes the last token earns the whole score.
     """
     # All texts are scored in one call.
     asked_rows, texts, counts = [], [], []
     for row, query, response in zip(rows, queries, responses):
-        first = 0 if score_prefixes else len(response)
-        beginnings = [response[:end] for end in range(first, len(response) + 1)]
+        shortest = 0 if score_prefixes else len(response)
+        beginnings = [response[:end] for end in range(shortest, len(response) + 1)]
         texts += texts_of(tokenizer, query, beginnings)
         asked_rows += [row] * len(beginnings)
         counts.append(len(beginnings))
@@ -521,11 +539,11 @@ def score_responses(
         scores.append(text_scores[-1].item())
         scaled = scale.apply(text_scores)
         if score_prefixes:
-            earned = scaled.diff()
+            added = scaled.diff()
         else:
-            earned = torch.zeros(len(response), dtype=torch.float64)
-            earned[-1] = scaled[-1]
-        token_scores.append(earned.float())
+            added = torch.zeros(len(response), dtype=torch.float64)
+            added[-1] = scaled[-1]
+        token_scores.append(added.float())
     return scores, token_scores
 
 
@@ -539,9 +557,11 @@ def compute_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return advantages and returns by generalized advantage estimation (GAE).
 
-    With delta_t = reward_t + gamma * value_(t+1) - value_t, the advantage at t is the sum of
-    all delta from t on, each later one discounted by another gamma * lam (Schulman et al.
-    2016, equation 16). All tensors are (batch, response length).
+    delta_t = reward_t + gamma * value_(t+1) - value_t tells how much better one token went
+    than expected; the advantage at t is the sum of all delta from t on, each later one
+    discounted by another gamma * lam (Schulman et al. 2016, equation 16). After the last
+    token nothing is expected. The return, advantage + value, is what the value head should
+    have said. All tensors are (batch, response length); what is 0 in the mask is padding.
     """
     response_length = rewards.shape[1]
     values, rewards = values * mask, rewards * mask
@@ -554,8 +574,9 @@ def compute_advantages(
         next_value = values[:, t]
     returns = advantages + values
 
-    # Many whiten advantages, which would blow up the noise of a batch of like scores. These
-    # stay in units of the score, and are what the returns, as they are rounded, leave.
+    # Many whiten advantages, which would blow up the noise of a batch of like scores: these
+    # stay in units of the score. They are taken back from the returns, so that policy loss
+    # and value loss work with the same rounded numbers.
     advantages = (returns - values) * mask
     return advantages, returns
 
@@ -570,9 +591,12 @@ def policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return PPO's clipped surrogate loss, and the share of tokens where clipping counts.
 
-    ratio is the probability of a token now, by the one it was sampled with. The larger one of
-    two losses counts, so nothing is gained by a ratio beyond 1 ± clip_range (Schulman et al.
-    2017, equation 7). All tensors are (batch, response length); both results are means.
+    ratio is a token's probability now divided by that with which it was sampled: 1 in the
+    first update of a step, where nothing is clipped. The larger of two losses counts, so
+    nothing is gained by going further once a good token (advantage > 0) is 1 + clip_range
+    times as probable, or a bad one 1 - clip_range times; the way back is never clipped
+    (Schulman et al. 2017, equation 7). All tensors are (batch, response length); both results
+    are means over tokens.
     """
     ratio = torch.exp(logprobs - old_logprobs)
     clipped_ratio = torch.clamp(ratio, 1 - clip_range, 1 + clip_range)
@@ -592,8 +616,8 @@ def value_loss(
 ) -> torch.Tensor:
     """Return the value head's clipped loss: half the mean of the larger squared error.
 
-    Nothing is gained by a value further than clip_range from that before the step.
-    All tensors are (batch, response length).
+    Nothing is gained by a value further than clip_range from that before the step: one batch
+    is a noisy witness of what to expect. All tensors are (batch, response length).
     """
     lowest, highest = old_values - clip_range, old_values + clip_range
     clipped_values = torch.clamp(values, lowest, highest)
@@ -645,9 +669,9 @@ class PolicyPass(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """What a step learns from: what the policy expected that sampled, and how it went.
+    """What a step learns from: logprobs and values as they were, and how it then went.
 
-    All are (batch, response length).
+    All are (batch, response length), and stay the same in all updates of the step.
     """
 
     logprobs: torch.Tensor
@@ -733,7 +757,7 @@ class ExactKLTrainer(trl.PPOTrainer):
         inputs["earned"] = scores.cumsum(1) - scores
         return Batch(inputs, tokens, mask, scores)
 
-    # ------------------------------------------------------------ 1. score and ref pass
+    # -------------------------------------------------------------------- the passes
     def score_and_ref_pass(
         self, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PolicyPass | None]:
@@ -758,11 +782,15 @@ class ExactKLTrainer(trl.PPOTrainer):
             values[own_indices] = policy_pass.values.detach()
             kl[own_indices] = policy_pass.kl.detach()
 
-        # Those of other processes are 0 here, so the sum over all processes has them all.
+        # Those of other processes are 0 here, so the sum over all processes has them all. No
+        # gradient goes through them: they are what this step is measured against.
         logprobs = self.accelerator.reduce(logprobs, "sum")
         values = self.accelerator.reduce(values, "sum")
         kl = self.accelerator.reduce(kl, "sum")
-        return logprobs, values, kl, policy_pass if is_whole else None
+
+        # The only pass, where it was the only one, is that of the first update too.
+        first_pass = policy_pass if is_whole else None
+        return logprobs, values, kl, first_pass
 
     def own_share(self, indices: torch.Tensor) -> torch.Tensor:
         """Return the responses that this process takes on: all, where it is the only one."""
@@ -778,12 +806,13 @@ class ExactKLTrainer(trl.PPOTrainer):
     def policy_pass(self, batch: Batch, all_ref_logprobs: torch.Tensor) -> PolicyPass:
         """Return what the policy, as it is now, says of the responses of a minibatch."""
         all_logprobs, values = self.model(**batch.inputs)
+        # That is sum_v p(v) ln(p(v) / p_ref(v)) at each token, with its gradient.
         kl = self._kl_penalty(all_logprobs, all_ref_logprobs)
         logprobs = of_tokens(all_logprobs, batch.tokens)
         entropy = entropy_of(all_logprobs.detach())
         return PolicyPass(all_ref_logprobs, logprobs, values, kl, entropy)
 
-    # ----------------------------------------------------------------------- 4. updates
+    # ------------------------------------------------------------------- the updates
     def take_updates(
         self, batch: Batch, experience: Experience, first_pass: PolicyPass | None
     ) -> tuple[torch.Tensor, int]:
@@ -837,26 +866,30 @@ class ExactKLTrainer(trl.PPOTrainer):
             mask,
             config.cliprange,
         )
-        squared_error = value_loss(
+        critic_loss = value_loss(
             policy_pass.values,
             experience.values,
             experience.returns,
             mask,
             config.cliprange_value,
         )
+
+        # The KL is not paid twice: through the rewards a token answers for the KL of those
+        # after it; its own KL, which no sampled token changes, is here.
         mean_kl = masked_mean(policy_pass.kl, mask)
-        loss = surrogate_loss + config.init_kl_coef * mean_kl + config.vf_coef * squared_error
+        loss = surrogate_loss + config.init_kl_coef * mean_kl + config.vf_coef * critic_loss
 
         with torch.no_grad():
+            # KL(policy that sampled || policy now), to the second order.
             log_ratio = policy_pass.logprobs - experience.logprobs
             approx_kl = 0.5 * masked_mean(log_ratio**2, mask)
             entropy = masked_mean(policy_pass.entropy, mask)
-            figures = torch.stack(
-                [surrogate_loss, squared_error, approx_kl, clip_fraction, entropy, loss]
-            )
-            figures = self.accelerator.reduce(figures * weight, "sum")
-        is_skipped = self.descend(loss * weight, whole_loss=figures[-1])
-        return figures[:-1], is_skipped
+
+            # In the order of UPDATE_METRICS.
+            figures = [surrogate_loss, critic_loss, approx_kl, clip_fraction, entropy]
+            figures = self.accelerator.reduce(torch.stack(figures) * weight, "sum")
+            whole_loss = self.accelerator.reduce(loss * weight, "sum")
+        return figures, self.descend(loss * weight, whole_loss)
 
     def descend(self, loss: torch.Tensor, whole_loss: torch.Tensor) -> bool:
         """Move the policy down the gradient of the loss; return whether that was skipped.
@@ -865,16 +898,20 @@ class ExactKLTrainer(trl.PPOTrainer):
         """
         # The gradients of several processes are averaged, where their sum is wanted.
         self.accelerator.backward(loss * self.accelerator.num_processes)
-        parameters = [weight for weight in self.model.parameters() if weight.requires_grad]
+        parameters = [tensor for tensor in self.model.parameters() if tensor.requires_grad]
         max_norm = self.config.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
 
-        # float16's scaler has to be asked each time. It leaves out an update with a bad
-        # gradient by itself, and lowers its scale: its way to find one, which is not counted.
-        has_scaler = self.accelerator.scaler is not None
-        is_good = whole_loss.isfinite() & (has_scaler | norm.isfinite())
-        if has_scaler or is_good:
+        # In float16 the loss is multiplied by a scale that is found by trying: where it was too
+        # large for the gradient, the scaler leaves the update out and lowers it. So it has to
+        # be asked each time, and what it leaves out is not counted.
+        if self.accelerator.scaler is not None:
+            is_good = whole_loss.isfinite()
             self.optimizer.step()
+        else:
+            is_good = whole_loss.isfinite() & norm.isfinite()
+            if is_good:
+                self.optimizer.step()
         self.optimizer.zero_grad()
         return not is_good
 
@@ -913,22 +950,12 @@ def of_tokens(all_logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def entropy_of(logits: torch.Tensor) -> torch.Tensor:
-    """Return the entropy in nats of the distributions over the last dimension."""
+    """Return the entropy in nats of the distributions over the last dimension.
+
+    It is measured alone: no bonus on it is needed where the KL holds the policy.
+    """
     probabilities = torch.softmax(logits, dim=-1)
     return torch.logsumexp(logits, dim=-1) - (probabilities * logits).sum(-1)
-
-
-def approx_kl_growth(updates: int) -> float:
-    """Return by how much the approx_kl of a step is larger than the mean of its updates.
-
-    Each was measured before its update, from the policy that sampled; wanted is the one after
-    the last. The way grows with the number of updates, and a KL with the square of the way:
-    measured are 0, 1, 4, 9 … times what one update makes, and wanted is updates² times that.
-    """
-    measured = sum(number**2 for number in range(updates))
-    if measured == 0:
-        return 1.0  # a single update can't be measured
-    return updates * updates**2 / measured
 
 
 def make_trainer(
@@ -965,6 +992,19 @@ def make_trainer(
 
 
 # -------------------------------------------------------------------- the learning rate
+def approx_kl_growth(updates: int) -> float:
+    """Return by how much the approx_kl of a step is larger than the mean of its updates.
+
+    Each was measured before its update; wanted is the one after the last. Where all updates
+    go equally far in one direction, a KL grows with the square of their number: measured are
+    c times 0, 1, 4, 9 …, wanted is c * updates². With two updates that is 8 times the mean.
+    """
+    measured = sum(number**2 for number in range(updates))
+    if measured == 0:
+        return 1.0  # a single update can't be measured
+    return updates * updates**2 / measured
+
+
 def set_learning_rate(
     optimizer: torch.optim.Optimizer,
     metrics: Metrics,
@@ -972,16 +1012,17 @@ def set_learning_rate(
     settings: Settings,
     limit: float = 1.5,
 ) -> None:
-    """Set the rate with which the last step would have moved as far as the next one should.
+    """Let the next step move the policy by TARGET_APPROX_KL, judging by how far the last went.
 
-    limit: the largest factor by which a rate changes from step to step.
+    approx_kl grows with the square of the rate, so the rate is multiplied by the square root
+    of target / approx_kl. limit: the largest factor, for a single step is noisy.
     """
     if settings.target_approx_kl == 0:
         return
     # The target falls as a cube to 0, or the noise of the last steps would stay.
     target = settings.target_approx_kl * (1 - len(metrics) / total_steps) ** 3
 
-    # Nats per token grow with the square of the rate. None stands for one too large to tell.
+    # None stands for one too large to be a number.
     approx_kl = metrics[-1]["approx_kl"]
     factor = 0.0 if approx_kl is None else math.sqrt(target / max(approx_kl, 1e-12))
     factor = min(max(factor, 1 / limit), limit)
