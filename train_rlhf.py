@@ -4,7 +4,8 @@
     python train_rlhf.py --model-name demo_model    # the small model beside this file: offline
     python train_rlhf.py --help                     # every constant is also a flag
 
-What it maximises is E[score - KL_COEF * KL(policy || base model)]. A step of PPO (take_step):
+What it maximises is E[score - KL_COEF * KL(policy || base model)]. A step of PPO
+(take_step):
 
     responses = the policy samples one to each prompt (sample_and_score)
     scores    = of the reward function; each token earns what it adds (score_responses)
@@ -191,7 +192,8 @@ Tokenizer = transformers.PreTrainedTokenizerBase
 class Learner:
     """What takes part in a run from its beginning to its end.
 
-    scorer: the reward function. scale: what its scores are put on before they are trained on.
+    scorer: the reward function. scale: what its scores are put on before they are
+    trained on.
     """
 
     policy: "PolicyWithValueHead"
@@ -313,8 +315,8 @@ def take_step(
 
     Returns what was said, and what ExactKLTrainer.step returns: its metrics and the KLs.
     """
-    # All that is random in a step, the numbers that its tokens are sampled with and the order
-    # of its minibatches, follows from SEED and step: so a run can go on anywhere.
+    # All that is random in a step, the numbers that its tokens are sampled with and the
+    # order of its minibatches, follows from SEED and step: so a run can go on anywhere.
     settings = learner.settings
     torch.manual_seed(settings.seed * 10**6 + step)
     key = (settings.seed, step, 0)
@@ -362,9 +364,9 @@ class PolicyWithValueHead(torch.nn.Module):
         Returns float32 all_logprobs (batch, response length, vocabulary), of the logits
         divided by TEMPERATURE as in sampling, and values (batch, response length).
 
-        The value at t is what is still to come from token t on: a(h_t) + b(h_t) * earned_t,
-        with h_t the hidden state before it, a and b learned. After a success nothing is still
-        to come, and only what was earned tells of one.
+        The value at t is what is still to come from token t on: a(h_t) + b(h_t) *
+        earned_t, with h_t the hidden state before it, a and b learned. After a success
+        nothing is still to come, and only what was earned tells of one.
         """
         model = self.pretrained_model
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -435,7 +437,8 @@ class Rollout(NamedTuple):
 def sample_and_score(rows: list[Row], numbers: torch.Tensor, learner: Learner) -> Rollout:
     """Return a response to the prompt of each row, sampled by the policy, and its score.
 
-    numbers: (rows, MAX_NEW_TOKENS), uniform in (0, 1], one for each token that is sampled.
+    numbers: (rows, MAX_NEW_TOKENS), uniform in (0, 1], one for each token that is
+    sampled.
     """
     settings, tokenizer = learner.settings, learner.tokenizer
     queries = encode(tokenizer, rows, settings.chat_template)
@@ -467,9 +470,9 @@ def positive_word_reward(
 ) -> list[float]:
     """Return +1.0 for each completion with a positive word, else -1.0.
 
-    positive_words: None stands for POSITIVE_WORDS. A word counts whole; letters that only
-    prolong the prompt's last word are no word of their own. This is the form of TRL's reward
-    functions for GRPO; yours in another file has it too.
+    positive_words: None stands for POSITIVE_WORDS. A word counts whole; letters that
+    only prolong the prompt's last word are no word of their own. This is the form of
+    TRL's reward functions for GRPO; yours in another file has it too.
     """
     words = POSITIVE_WORDS if positive_words is None else positive_words
     alternatives = "|".join(re.escape(word.strip()) for word in words)
@@ -518,11 +521,11 @@ def score_responses(
 ) -> tuple[list[float], list[torch.Tensor]]:
     """Return the score of each response, and what each of its tokens earns on the scale.
 
-    With score_prefixes a token earns what it adds to the score of the text so far: texts that
-    score -1, -1, +1 earn 0, +2. Every beginning is scored for that. The sum is the response's
-    score less that of the empty text, so with GAMMA 1 the best policy stays the best, and one
-    sees which token did it: potential-based shaping (Ng, Harada and Russell 1999).
-    Without score_prefixes the last token earns the whole score.
+    With score_prefixes a token earns what it adds to the score of the text so far:
+    texts that score -1, -1, +1 earn 0, +2. Every beginning is scored for that. The sum
+    is the response's score less that of the empty text, so with GAMMA 1 the best policy
+    stays the best, and one sees which token did it: potential-based shaping (Ng, Harada
+    and Russell 1999). Without score_prefixes the last token earns the whole score.
     """
     # All texts are scored in one call.
     asked_rows, texts, counts = [], [], []
@@ -557,11 +560,12 @@ def compute_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return advantages and returns by generalized advantage estimation (GAE).
 
-    delta_t = reward_t + gamma * value_(t+1) - value_t tells how much better one token went
-    than expected; the advantage at t is the sum of all delta from t on, each later one
-    discounted by another gamma * lam (Schulman et al. 2016, equation 16). After the last
-    token nothing is expected. The return, advantage + value, is what the value head should
-    have said. All tensors are (batch, response length); what is 0 in the mask is padding.
+    delta_t = reward_t + gamma * value_(t+1) - value_t tells how much better one token
+    went than expected; the advantage at t is the sum of all delta from t on, each later
+    one discounted by another gamma * lam (Schulman et al. 2016, equation 16). After the
+    last token nothing is expected. The return, advantage + value, is what the value
+    head should have said. All tensors are (batch, response length); what is 0 in the
+    mask is padding.
     """
     response_length = rewards.shape[1]
     values, rewards = values * mask, rewards * mask
@@ -574,9 +578,9 @@ def compute_advantages(
         next_value = values[:, t]
     returns = advantages + values
 
-    # Many whiten advantages, which would blow up the noise of a batch of like scores: these
-    # stay in units of the score. They are taken back from the returns, so that policy loss
-    # and value loss work with the same rounded numbers.
+    # Many whiten advantages, which would blow up the noise of a batch of like scores:
+    # these stay in units of the score. They are taken back from the returns, so that
+    # policy loss and value loss work with the same rounded numbers.
     advantages = (returns - values) * mask
     return advantages, returns
 
@@ -591,12 +595,12 @@ def policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return PPO's clipped surrogate loss, and the share of tokens where clipping counts.
 
-    ratio is a token's probability now divided by that with which it was sampled: 1 in the
-    first update of a step, where nothing is clipped. The larger of two losses counts, so
-    nothing is gained by going further once a good token (advantage > 0) is 1 + clip_range
-    times as probable, or a bad one 1 - clip_range times; the way back is never clipped
-    (Schulman et al. 2017, equation 7). All tensors are (batch, response length); both results
-    are means over tokens.
+    ratio is a token's probability now divided by that with which it was sampled: 1 in
+    the first update of a step, where nothing is clipped. The larger of two losses
+    counts, so nothing is gained by going further once a good token (advantage > 0) is 1
+    + clip_range times as probable, or a bad one 1 - clip_range times; the way back is
+    never clipped (Schulman et al. 2017, equation 7). All tensors are (batch, response
+    length); both results are means over tokens.
     """
     ratio = torch.exp(logprobs - old_logprobs)
     clipped_ratio = torch.clamp(ratio, 1 - clip_range, 1 + clip_range)
@@ -616,8 +620,9 @@ def value_loss(
 ) -> torch.Tensor:
     """Return the value head's clipped loss: half the mean of the larger squared error.
 
-    Nothing is gained by a value further than clip_range from that before the step: one batch
-    is a noisy witness of what to expect. All tensors are (batch, response length).
+    Nothing is gained by a value further than clip_range from that before the step: one
+    batch is a noisy witness of what to expect. All tensors are (batch, response
+    length).
     """
     lowest, highest = old_values - clip_range, old_values + clip_range
     clipped_values = torch.clamp(values, lowest, highest)
@@ -635,8 +640,8 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 class Batch(NamedTuple):
     """The responses of a step as tensors, one a row.
 
-    inputs: what the policy takes, by name: input_ids, attention_mask and earned. The others
-    are (batch, response length), padded on the right.
+    inputs: what the policy takes, by name: input_ids, attention_mask and earned. The
+    others are (batch, response length), padded on the right.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -658,7 +663,8 @@ class PolicyPass(NamedTuple):
     """What the policy, and the base model beside it, say of the tokens of some responses.
 
     kl is KL(policy || base model), entropy that of the policy, both in nats. All are
-    (responses, response length), all_ref_logprobs has the vocabulary as a third dimension.
+    (responses, response length), all_ref_logprobs has the vocabulary as a third
+    dimension.
     """
 
     all_ref_logprobs: torch.Tensor
@@ -690,12 +696,13 @@ UPDATE_METRICS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "en
 class ExactKLTrainer(trl.PPOTrainer):
     """TRL's PPOTrainer, its step written out, with exact KLs and a score for each token.
 
-    The KL against the base model is summed over the whole vocabulary at each position t,
-    KL_t = sum_v p(v) ln(p(v) / p_ref(v)), where ln(p / p_ref) of the sampled token is usual:
-    the same mean with far less noise. But it does not depend on the token sampled at t, so a
-    reward that has it can't teach the policy to lower KL_t itself. The gradient of KL_t
-    therefore joins the loss: of a reward R that depends on the parameters, grad E[R] =
-    E[R grad ln p] + E[grad R], where PPO's clipped loss is the first term.
+    The KL against the base model is summed over the whole vocabulary at each position
+    t, KL_t = sum_v p(v) ln(p(v) / p_ref(v)), where ln(p / p_ref) of the sampled token
+    is usual: the same mean with far less noise. But it does not depend on the token
+    sampled at t, so a reward that has it can't teach the policy to lower KL_t itself.
+    The gradient of KL_t therefore joins the loss: of a reward R that depends on the
+    parameters, grad E[R] = E[R grad ln p] + E[grad R], where PPO's clipped loss is the
+    first term.
 
     Of several processes each has the whole batch, and does its share of each minibatch.
     """
@@ -708,8 +715,9 @@ class ExactKLTrainer(trl.PPOTrainer):
     ) -> tuple[dict[str, float], list[float]]:
         """Improve the policy with one batch of responses.
 
-        queries, responses: 1-D tensors of token ids. token_scores: what each token earns, 1-D
-        float tensors. Returns the step's metrics, and the KL of each response in nats.
+        queries, responses: 1-D tensors of token ids. token_scores: what each token
+        earns, 1-D float tensors. Returns the step's metrics, and the KL of each
+        response in nats.
         """
         config = self.config
         batch = self.make_batch(queries, responses, token_scores)
@@ -763,8 +771,8 @@ class ExactKLTrainer(trl.PPOTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PolicyPass | None]:
         """Return logprobs, values and KL of the policy that sampled, and its pass or None.
 
-        The three are (batch, response length). Where one minibatch is the whole batch, the
-        pass is kept with its gradient: it is that of the first update too.
+        The three are (batch, response length). Where one minibatch is the whole batch,
+        the pass is kept with its gradient: it is that of the first update too.
         """
         is_whole = self.config.mini_batch_size >= len(batch.mask)
         logprobs = torch.zeros_like(batch.token_scores)
@@ -782,8 +790,9 @@ class ExactKLTrainer(trl.PPOTrainer):
             values[own_indices] = policy_pass.values.detach()
             kl[own_indices] = policy_pass.kl.detach()
 
-        # Those of other processes are 0 here, so the sum over all processes has them all. No
-        # gradient goes through them: they are what this step is measured against.
+        # Those of other processes are 0 here, so the sum over all processes has them
+        # all. No gradient goes through them: they are what this step is measured
+        # against.
         logprobs = self.accelerator.reduce(logprobs, "sum")
         values = self.accelerator.reduce(values, "sum")
         kl = self.accelerator.reduce(kl, "sum")
@@ -856,7 +865,8 @@ class ExactKLTrainer(trl.PPOTrainer):
     ) -> tuple[torch.Tensor, bool]:
         """Take one update; return its UPDATE_METRICS, (5,), and whether it was skipped.
 
-        weight: of the losses of this process among those of all, 1 where it is the only one.
+        weight: of the losses of this process among those of all, 1 where it is the only
+        one.
         """
         config, mask = self.config, batch.mask
         surrogate_loss, clip_fraction = policy_loss(
@@ -874,8 +884,8 @@ class ExactKLTrainer(trl.PPOTrainer):
             config.cliprange_value,
         )
 
-        # The KL is not paid twice: through the rewards a token answers for the KL of those
-        # after it; its own KL, which no sampled token changes, is here.
+        # The KL is not paid twice: through the rewards a token answers for the KL of
+        # those after it; its own KL, which no sampled token changes, is here.
         mean_kl = masked_mean(policy_pass.kl, mask)
         loss = surrogate_loss + config.init_kl_coef * mean_kl + config.vf_coef * critic_loss
 
@@ -894,7 +904,8 @@ class ExactKLTrainer(trl.PPOTrainer):
     def descend(self, loss: torch.Tensor, whole_loss: torch.Tensor) -> bool:
         """Move the policy down the gradient of the loss; return whether that was skipped.
 
-        whole_loss: of all processes. Where it, or the gradient, is not finite, nothing moves.
+        whole_loss: of all processes. Where it, or the gradient, is not finite, nothing
+        moves.
         """
         # The gradients of several processes are averaged, where their sum is wanted.
         self.accelerator.backward(loss * self.accelerator.num_processes)
@@ -902,9 +913,9 @@ class ExactKLTrainer(trl.PPOTrainer):
         max_norm = self.config.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
 
-        # In float16 the loss is multiplied by a scale that is found by trying: where it was too
-        # large for the gradient, the scaler leaves the update out and lowers it. So it has to
-        # be asked each time, and what it leaves out is not counted.
+        # In float16 the loss is multiplied by a scale that is found by trying: where it
+        # was too large for the gradient, the scaler leaves the update out and lowers
+        # it. So it has to be asked each time, and what it leaves out is not counted.
         if self.accelerator.scaler is not None:
             is_good = whole_loss.isfinite()
             self.optimizer.step()
@@ -995,9 +1006,10 @@ def make_trainer(
 def approx_kl_growth(updates: int) -> float:
     """Return by how much the approx_kl of a step is larger than the mean of its updates.
 
-    Each was measured before its update; wanted is the one after the last. Where all updates
-    go equally far in one direction, a KL grows with the square of their number: measured are
-    c times 0, 1, 4, 9 …, wanted is c * updates². With two updates that is 8 times the mean.
+    Each was measured before its update; wanted is the one after the last. Where all
+    updates go equally far in one direction, a KL grows with the square of their number:
+    measured are c times 0, 1, 4, 9 …, wanted is c * updates². With two updates that is
+    8 times the mean.
     """
     measured = sum(number**2 for number in range(updates))
     if measured == 0:
@@ -1014,8 +1026,8 @@ def set_learning_rate(
 ) -> None:
     """Let the next step move the policy by TARGET_APPROX_KL, judging by how far the last went.
 
-    approx_kl grows with the square of the rate, so the rate is multiplied by the square root
-    of target / approx_kl. limit: the largest factor, for a single step is noisy.
+    approx_kl grows with the square of the rate, so the rate is multiplied by the square
+    root of target / approx_kl. limit: the largest factor, for a single step is noisy.
     """
     if settings.target_approx_kl == 0:
         return

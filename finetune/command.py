@@ -1,7 +1,7 @@
 """A script as a command: it starts, stops and ends with a status, and says why in a line."""
 
-# The libraries take seconds to import, and settings are read before; so the few functions here that
-# need one import it themselves.
+# The libraries take seconds to import, and settings are read before; so the few
+# functions here that need one import it themselves.
 import importlib
 import io
 import logging
@@ -35,7 +35,8 @@ def is_script(names: Mapping[str, Any]) -> bool:
 def watch_the_start() -> None:
     """Let what goes wrong before a run, while its file is still being read, end in one line.
 
-    That is a constant without its quotes, as in DEVICE = cpu, and Ctrl-C while libraries load.
+    That is a constant without its quotes, as in DEVICE = cpu, and Ctrl-C while
+    libraries load.
     """
     sys.excepthook = tell_missing_quotes
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -190,7 +191,8 @@ class Stop:
         self.after_step = after_step
         self.requested = 0
         self.time = 0.0
-        # Within two seconds a launcher passes on to its processes what all of them got already.
+        # Within two seconds a launcher passes on to its processes what all of them got
+        # already.
         self.pause = 2 if "WORLD_SIZE" in os.environ else 0
 
     def handle(self, number: int, frame: FrameType | None) -> None:

@@ -13,8 +13,8 @@ from finetune.errors import blame
 def local_function(name: str, constant: Any, names: dict[str, Any]) -> Callable[..., Any] | None:
     """Return the function of a script or notebook that is meant by its name, None if there is none.
 
-    constant: the setting's, which may be a function itself, and wins over one of the same name.
-    names: the globals of the script.
+    constant: the setting's, which may be a function itself, and wins over one of the
+    same name. names: the globals of the script.
     """
     for candidate in (constant, names.get(name)):
         if inspect.isfunction(candidate) and candidate.__name__ == name:

@@ -1,7 +1,7 @@
 """Which device and which process this is, and how several processes share the work."""
 
-# Settings are checked before the heavy libraries are loaded, which takes seconds, and the checks
-# ask this file. So a function imports the libraries that it needs.
+# Settings are checked before the heavy libraries are loaded, which takes seconds, and
+# the checks ask this file. So a function imports the libraries that it needs.
 import itertools
 import os
 from collections.abc import Callable
@@ -81,9 +81,9 @@ def share_out(
 ) -> Any:
     """Return what work finds for all rows, each process doing its share of them.
 
-    work: takes rows, as many numbers, and the arguments; it returns a named tuple of lists with an
-    item for each row. The result is such a tuple with the lists of all processes, one after
-    another. A RunError in one process is raised in all of them.
+    work: takes rows, as many numbers, and the arguments; it returns a named tuple of
+    lists with an item for each row. The result is such a tuple with the lists of all
+    processes, one after another. A RunError in one process is raised in all of them.
     """
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -92,7 +92,8 @@ def share_out(
     first = len(rows) * state.process_index // state.num_processes
     last = len(rows) * (state.process_index + 1) // state.num_processes
 
-    # A process without rows, and one that failed, still has to take part in what all do together.
+    # A process without rows, and one that failed, still has to take part in what all do
+    # together.
     result = None
     if first < last:
         try:
