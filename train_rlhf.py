@@ -4,18 +4,17 @@
     python train_rlhf.py --model-name demo_model    # the small model beside this file: offline
     python train_rlhf.py --help                     # every constant is also a flag
 
-What it maximises is E[score - KL_COEF * KL(policy || base model)]. A step of PPO
-(take_step):
+It maximises E[score - KL_COEF * KL(policy || base model)]. One step of PPO, take_step below:
 
-    responses = the policy samples one to each prompt (sample_and_score)
-    scores    = of the reward function; each token earns what it adds (score_responses)
-    rewards   = what each token earns - KL_COEF * its KL against the base model (step)
-    advantages = by how much it went better, from a token on, than the value head expected
-                 (compute_advantages)
-    PPO_EPOCHS times, for each minibatch (update):
-        policy loss: a token's probability goes up with its advantage, but only so far
-        value loss:  the value head learns to expect what came
-        KL_COEF * KL: pulls the policy back to the base model; one Adam step down their sum
+    responses    the policy samples one to each prompt            (sample_and_score)
+    scores       the reward function's; a token earns what it adds (score_responses)
+    rewards      what a token earns - KL_COEF * its KL                        (step)
+    advantages   how much better it went, from a token on,
+                 than the value head expected                   (compute_advantages)
+    PPO_EPOCHS times, for each minibatch, a step of Adam down the sum of:   (update)
+        policy loss     a token gets likelier with its advantage, but only so far
+        value loss      the value head learns to expect what came
+        KL_COEF * KL    the policy is pulled back to the base model
 
 Read it from top to bottom, as the data flows: constants, run, policy, rollout, reward,
 advantages, losses, step. What is not PPO is in the folder finetune/ beside this file.
