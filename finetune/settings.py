@@ -94,7 +94,7 @@ def changeable() -> Any:
 class CommonSettings(BaseModel):
     """What the constants of all four scripts may be."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(validate_assignment=True, protected_namespaces=())
 
     model_name: Text
     output_dir: Text = changeable()
@@ -161,16 +161,16 @@ def read_settings(
         show_help(Path(constants["__file__"]).read_text(encoding="utf-8"))
         sys.exit(0)
     values, problems = read_flags(argv, constants, model)
-    try:
-        settings = model.model_validate(values)
-        valid = dict(settings)
-    except ValidationError as error:
-        settings = None
-        wrong = {str(details["loc"][0]) for details in error.errors()}
-        for name in [name for name in model.model_fields if name in wrong]:
-            remedy = remedy_of(model.model_fields[name])
+
+    # Each value is validated as it is set, so that all that are wrong are told at once.
+    settings = model.model_construct()
+    for name, field in model.model_fields.items():
+        try:
+            setattr(settings, name, values[name])
+        except ValidationError:
+            remedy = remedy_of(field)
             problems.append(f"{name.upper()} is {shorten(values[name])}: give {remedy}")
-        valid = {name: value for name, value in values.items() if name not in wrong}
+    valid = dict(settings)
 
     # A check is asked where none of its settings is wrong by itself.
     for check in checks:
