@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_rlhf
+from finetune import models, processes, sampling, tokens
+from finetune.data import read_prompts
+from finetune.settings import read_settings as read_settings_of
 
 SMALL = ["--device", "cpu", "--batch-size", "4", "--max-new-tokens", "8", "--eval-samples", "12"]
 
@@ -60,8 +63,12 @@ def shared_model(shared):
 @pytest.fixture(scope="session")
 def read_settings():
     """Return the settings of the script with these flags, or raise what is wrong with them."""
-    rules, checks = train_rlhf.RULES, train_rlhf.CHECKS
-    return lambda *flags: train_rlhf.read_settings(flags, vars(train_rlhf), rules, checks)
+
+    def read(*flags):
+        constants = vars(train_rlhf)
+        return read_settings_of(flags, constants, train_rlhf.Settings, train_rlhf.CHECKS)
+
+    return read
 
 
 @pytest.fixture
@@ -82,18 +89,46 @@ def build():
 
     def make(settings):
         path = settings.model_name
-        device, dtype = train_rlhf.pick_device(settings.device, settings.dtype)
-        device = train_rlhf.join_processes(device)
+        device, dtype = processes.pick_device(settings.device, settings.dtype)
+        device = processes.join_processes(device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what TRL says of itself
-            tokenizer = train_rlhf.load_tokenizer(path)
-            model = train_rlhf.load_base_model(path, device, dtype, settings.quantization)
+            tokenizer = tokens.load_tokenizer(path)
+            model = models.load_base_model(path, device, dtype, settings.quantization)
             policy = train_rlhf.make_policy(model, tokenizer, settings)
             trainer = train_rlhf.make_trainer(policy, tokenizer, settings, device, dtype)
-        sources = settings.prompts, settings.eval_prompts, settings.prompt_field, settings.seed
-        rows, eval_rows, _ = train_rlhf.read_prompts(*sources)
-        parts = {"tokenizer": tokenizer, "policy": policy, "trainer": trainer}
-        return SimpleNamespace(settings=settings, rows=rows, eval_rows=eval_rows, **parts)
+        prompts = read_prompts(
+            settings.prompts,
+            settings.eval_prompts,
+            settings.eval_share,
+            settings.prompt_field,
+            settings.seed,
+        )
+        return SimpleNamespace(
+            settings=settings,
+            rows=prompts.rows,
+            eval_rows=prompts.eval_rows,
+            tokenizer=tokenizer,
+            policy=policy,
+            trainer=trainer,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_learner():
+    """Return a Learner of what build made, with a scorer of one's own from rows and texts."""
+
+    def make(built, scorer=None, scale=None):
+        return train_rlhf.Learner(
+            built.policy,
+            built.trainer,
+            built.tokenizer,
+            scorer,
+            scale or train_rlhf.Scale(),
+            built.settings,
+        )
 
     return make
 
@@ -103,10 +138,14 @@ def roll_out():
     """Return responses to queries, and their texts; another key gives other random numbers."""
 
     def take(built, queries, key=(0, 0, 0)):
-        settings = built.settings
-        numbers = train_rlhf.random_numbers(key, queries, settings.max_new_tokens)
-        size = built.trainer.config.mini_batch_size
-        return train_rlhf.rollout(built.policy, built.tokenizer, queries, numbers, size)
+        length = built.settings.max_new_tokens
+        return sampling.sample_responses(
+            built.policy.pretrained_model,
+            built.tokenizer,
+            queries,
+            processes.random_numbers(key, len(queries), length),
+            batch_size=built.trainer.config.mini_batch_size,
+        )
 
     return take
 
@@ -121,7 +160,7 @@ def step(roll_out):
     def take(built, queries=None, responses=None):
         if queries is None:
             rows = built.rows[: built.settings.batch_size]
-            queries = train_rlhf.encode(built.tokenizer, rows, built.settings.chat_template)
+            queries = tokens.encode(built.tokenizer, rows, built.settings.chat_template)
             responses, _ = roll_out(built, queries)
         token_scores = [torch.zeros(len(response)) for response in responses]
         for i, scores in enumerate(token_scores):

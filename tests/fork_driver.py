@@ -4,6 +4,7 @@ The first half is the tests' end of it, which speaks to it in lines of JSON. The
 process itself.
 """
 
+import faulthandler
 import gc
 import importlib
 import json
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,12 +35,10 @@ READY_MADE = [  # what a run imports on its way, which its children would do onc
     "transformers.trainer",
     "trl.trainer.ppo_trainer",
 ]
-PHASES = {  # function: the phase that begins with it, and the one after it
-    "train": ("training", "loading"),
-    "fit": ("training", "measuring"),
-    "save_checkpoint": ("checkpoint", "training"),
-    "make_report": ("measuring", "measuring"),
-    "save_results": ("results", "end"),
+PHASES = {  # where a function is: the phase that begins with it, and the one after it
+    ("train_rlhf", "train"): ("training", "loading"),
+    ("train_rlhf", "measure_and_save"): ("measuring", "end"),
+    ("finetune.supervised", "fit"): ("training", "measuring"),
 }
 LONGEST = 240  # seconds after which a run that hangs is killed, so that its test fails
 
@@ -200,6 +199,7 @@ def run_child(order, place, notes):
         os.set_blocking(notes, False)
         os.chdir(order["cwd"])
         os.environ.update(order["environment"])
+        faulthandler.register(signal.SIGALRM, chain=True)  # where it hung stands in stderr
         signal.alarm(LONGEST)
         status = (run_ours if order["script"] in SCRIPTS else run_copy)(order, notes)
     except SystemExit as error:  # of --help
@@ -221,11 +221,23 @@ def run_ours(order, notes):
 
 def run_copy(order, notes):
     """Run a copy of a script as a program, which imports what lies beside it; it exits."""
-    for name in SCRIPTS:
+    for name in our_modules():
         del sys.modules[name]
     sys.path[0] = os.path.dirname(order["script"])
     sys.argv = [order["script"], *order["flags"]]
     runpy.run_path(order["script"], run_name="__main__")
+
+
+def our_modules():
+    """Return the names of the scripts and of the modules that they share."""
+    return [name for name in sys.modules if name in SCRIPTS or name.startswith("finetune")]
+
+
+def put_in_place(function, other):
+    """Let all modules of ours that have a function have another in its place."""
+    for module in map(sys.modules.get, our_modules()):
+        if vars(module).get(function.__name__) is function:
+            setattr(module, function.__name__, other)
 
 
 def prepare(order, notes):
@@ -276,22 +288,32 @@ def prepare(order, notes):
             if step == when:
                 os.kill(os.getpid(), number)
 
-    train_rlhf, train_sft = sys.modules["train_rlhf"], sys.modules["train_sft"]
-    make_record, on_log = train_rlhf.make_record, train_sft.Recorder.on_log
+    @contextmanager
+    def watched_results(folder):
+        enter("results")
+        with whole_results(folder) as new:
+            yield new
+        enter("end")
 
-    def signalled_record(step, *args):
+    def signalled_record(step, *args, **more):
         send_signals(step)
-        return make_record(step, *args)
+        return make_record(step, *args, **more)
 
     def signalled_log(self, *args, **more):
-        send_signals(len(self.metrics) + 1)
+        send_signals(len(self.training.metrics) + 1)
         on_log(self, *args, **more)
 
-    train_rlhf.make_record, train_sft.Recorder.on_log = signalled_record, signalled_log
-    for name, phases in PHASES.items():
-        for module in {script, train_sft} if script is not train_rlhf else {script}:
-            if name in vars(module):
-                setattr(module, name, watch(getattr(module, name), *phases))
+    for (module, name), phases in PHASES.items():
+        function = getattr(sys.modules[module], name)
+        put_in_place(function, watch(function, *phases))
+    saves = sys.modules["finetune.checkpoint"].Checkpoint
+    saves.save = watch(saves.save, "checkpoint", "training")
+    whole_results = sys.modules["finetune.output"].whole_results
+    put_in_place(whole_results, watched_results)
+    make_record = sys.modules["finetune.measurement"].make_record
+    put_in_place(make_record, signalled_record)
+    recorder = sys.modules["finetune.supervised"].Recorder
+    on_log, recorder.on_log = recorder.on_log, signalled_log
 
     enter("loading")
     sys.addaudithook(audit)

@@ -1,4 +1,4 @@
-"""Runs side by side: means over seeds, rows named after settings, nothing that was measured otherwise."""
+"""Runs side by side: means over seeds, rows named after settings, nothing measured otherwise."""
 
 import copy
 import json
@@ -8,19 +8,20 @@ import statistics
 import sys
 
 import pytest
-import torch
 from conftest import ROOT, SMALL
+from matplotlib.figure import Figure
 
 import make_instructions
 import train_reward_model
 import train_rlhf
 import train_sft
+from finetune.measurement import kl_minimum
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare
 
-SETTINGS = [name.lower() for *_, names in train_rlhf.RULES for name in names.split()]
+SETTINGS = [*train_rlhf.Settings.model_fields]
 SAME_LEARNING = {"output_dir", "resume", "save_every", "save_adapter", "log_every", "report_to"}
 SAME_LEARNING |= {"device", "gradient_checkpointing", "eval_batch_size", "seed"}
 
@@ -29,8 +30,8 @@ SAME_LEARNING |= {"device", "gradient_checkpointing", "eval_batch_size", "seed"}
 def real_run(demo_model, tmp_path_factory):
     """Return the folder of a real run of 120 samples, whose form all the others here have."""
     folder = tmp_path_factory.mktemp("real") / "trained_model"
-    flags = [*SMALL, "--batch-size", "20", "--training-epochs", "20", "--save-every", "0"]
-    flags += ["--model-name", demo_model, "--output-dir", folder]
+    flags = [*SMALL, "--batch-size", "20", "--training-epochs", "20", "--max-new-tokens", "4"]
+    flags += ["--model-name", demo_model, "--output-dir", folder, "--save-every", "0"]
     assert train_rlhf.main([*map(str, flags)]) == 0
     return folder
 
@@ -70,7 +71,7 @@ def table_of(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compare, "draw", lambda *arguments: None)
 
     def call(*folders):
-        assert compare.main([*map(str, folders)]) == 0
+        assert compare.main([*folders]) == 0
         text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
         assert capsys.readouterr().out.startswith(text)
         lines = [line for line in text.splitlines() if line.startswith("|")]
@@ -88,7 +89,7 @@ def refusal_of(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
 
     def call(*folders):
-        assert compare.main([*map(str, folders)]) == 2
+        assert compare.main([*folders]) == 2
         out, err = capsys.readouterr()
         first, *lines = err.splitlines()
         assert (out, first) == ("", "Nothing was compared:")
@@ -107,7 +108,7 @@ def other(value):
     return f"{value} too" if isinstance(value, str) else value + 1
 
 
-# -------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------- the table
 def test_a_single_real_run_is_a_table_of_one(real_run, form, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     spaced = tmp_path / "my runs"
@@ -124,9 +125,10 @@ def test_a_single_real_run_is_a_table_of_one(real_run, form, tmp_path, monkeypat
 
 
 def test_seeds_are_one_row_with_mean_and_deviation(make, table_of):
-    found = [(0.90, 2.0, 1.0), (0.94, 3.0, 1.2), (0.98, 4.0, 1.4)]
     folders = []
-    for seed, (rate, kl, least) in enumerate(found):
+    for seed, (rate, kl, least) in enumerate(
+        [(0.90, 2.0, 1.0), (0.94, 3.0, 1.2), (0.98, 4.0, 1.4)]
+    ):
         figures = {"success_rate": rate, "kl": kl, "kl_minimum": least}
         folders.append(make(f"run {seed}", figures=figures, seed=seed, kl_coef=0.2))
     figures = {"success_rate": 0.8, "samples": 100, "kl": 1.25}
@@ -141,10 +143,9 @@ def test_seeds_are_one_row_with_mean_and_deviation(make, table_of):
 
 
 def test_the_base_model_is_the_mean_over_seeds_each_counted_once(make, table_of):
-    rates = [(0, 0.2), (0, 0.2), (1, 0.4)]  # the same seed samples the same
     folders = [
         make(f"run{n}", base={"success_rate": rate}, seed=seed, kl_coef=float(n))
-        for n, (seed, rate) in enumerate(rates)
+        for n, (seed, rate) in enumerate([(0, 0.2), (0, 0.2), (1, 0.4)])  # a seed samples the same
     ]
     row = table_of(*folders)["base: demo_model"]
     assert (row["seeds"], row["success"]) == ("2", "30% ± 14%")  # 0.2 / √2
@@ -170,7 +171,7 @@ def test_a_setting_names_a_row_if_it_changes_what_is_learned(make, table_of, for
         assert "own base model" in table_of.text
     else:
         assert len(rows) == 3
-        assert f"{name.upper()} {compare.told(value)}" in table_of.text
+        assert f"{name.upper()} {compare.as_text(value)}" in table_of.text
 
 
 def test_numbers_that_look_alike_are_two_rows(make, table_of):
@@ -183,10 +184,9 @@ def test_the_lists_of_settings_are_of_this_version():
 
 
 def test_what_no_setting_tells_is_named_by_folders(make, table_of):
-    folders = [make("trained_model"), make("trained_model-1"), make("cheap", kl_coef=0.02)]
-    table = table_of(*folders)
+    table = table_of(make("trained_model"), make("trained_model-1"), make("cheap", kl_coef=0.02))
     assert list(table)[1:] == ["1 trained_model", "2 trained_model-1", "KL_COEF 0.02"]
-    assert all(table[row]["seeds"] == "1" for row in list(table)[1:])
+    assert {table[row]["seeds"] for row in list(table)[1:]} == {"1"}
 
 
 def test_long_names_are_told_below_the_table(make, table_of):
@@ -205,22 +205,26 @@ def test_what_a_reader_has_to_know_is_noted(make, table_of):
         assert note in table_of.text
 
 
-# ------------------------------------------------------------------------------------ the refusals
+# ------------------------------------------------------------------------- the refusals
+WHERE_USED = {"reward_label": {"reward": "my/classifier"}, "eval_share": {"prompts": ["all.csv"]}}
+
+
 @pytest.mark.parametrize("name", compare.MEASURED)
 def test_what_was_measured_otherwise_is_refused(make, refusal_of, form, name):
-    with_label = {"reward": "my/classifier"} if name == "reward_label" else {}
-    before = (form[0]["settings"] | with_label)[name]
+    used = WHERE_USED.get(name, {})
+    before = (form[0]["settings"] | used)[name]
     after = 0.5 if name == "success_threshold" else other(before)
-    one = make("one", **with_label)
-    (line,) = refusal_of(one, make("two", seed=1, **with_label | {name: after}))
+    one = make("one", **used)
+    (line,) = refusal_of(one, make("two", seed=1, **used | {name: after}))
     assert line.startswith(f"- {name.upper()} is ")
     assert " in one, but " in line and " in two: " in line
     assert ("--resume" in line) == (name == "eval_samples")
 
 
-def test_words_do_not_matter_to_another_reward(make, table_of):
+def test_what_has_no_meaning_for_the_runs_may_differ(make, table_of):
+    """Words and labels of another reward, and the share of a file where there is none."""
     reward = {"reward": "rewards.py:length"}
-    flags = {"positive_words": ["calm"], "reward_label": "JOY"}
+    flags = {"positive_words": ["calm"], "reward_label": "JOY", "eval_share": 0.0}
     assert len(table_of(make("one", **reward), make("two", seed=1, **reward, **flags))) == 2
 
 
@@ -230,25 +234,39 @@ def test_of_long_lists_a_refusal_tells_what_differs(make, refusal_of, form):
     assert f"is {words[-1]} in one, but calm in two" in line
 
 
-def test_a_reward_that_changed_behind_its_name_is_refused(make, refusal_of, table_of):
-    flags = {"reward": "rewards.py:length"}
-    one, two = make("one", **flags), make("two", base={"score": 0.1}, **flags)
+@pytest.mark.parametrize(
+    ("setting", "base", "problem"),
+    [
+        ({"reward": "my.py:f"}, {"score": 0.1}, "REWARD is my.py:f in one and two"),
+        (
+            {"prompts": ["prompts.csv"]},
+            {"first_sample": {"Another": " one"}},
+            "PROMPTS have the same names in one and two",
+        ),
+    ],
+)
+def test_what_changed_behind_its_name_is_refused(
+    make, refusal_of, table_of, setting, base, problem
+):
+    one, two = make("one", **setting), make("two", base=base, **setting)
     (line,) = refusal_of(one, two)
-    assert "REWARD is rewards.py:length in one and two, but changed" in line
-    table_of(one, make("three", base={"score": 0.1}, seed=1, **flags))  # other samples
-
-
-def test_prompts_that_changed_behind_their_name_are_refused(make, refusal_of, table_of):
-    flags = {"prompts": ["prompts.csv"]}
-    asked = {"first_sample": {"Another": " one"}}
-    one, two = make("one", **flags), make("two", base=asked, **flags)
-    (line,) = refusal_of(one, two)
-    assert "PROMPTS have the same names in one and two, but changed" in line
-    table_of(one, make("three", base=asked, seed=1, **flags))  # which holds out others
+    assert f"{problem}, but changed in between" in line
+    table_of(
+        one, make("three", base=base, seed=1, **setting)
+    )  # has other samples, holds out others
 
 
 def test_all_folders_that_are_no_whole_runs_are_told_at_once(make, refusal_of, tmp_path):
-    for name in ("unfinished", "foreign", "torn", "list", "empty", "nothing", "headless"):
+    problems = {
+        "unfinished": "--resume",
+        "foreign": "lacks",
+        "torn": "can't be read",
+        "list": "lacks",
+        "empty": "lacks",
+        "nothing": "no folder of a run",
+        "headless": "can't be read",
+    }
+    for name in problems:
         make(name)
     (tmp_path / "unfinished" / "report.json").unlink()
     (tmp_path / "foreign" / "report.json").write_text('{"settings": {}}')
@@ -258,31 +276,31 @@ def test_all_folders_that_are_no_whole_runs_are_told_at_once(make, refusal_of, t
     shutil.rmtree(tmp_path / "nothing")
     (tmp_path / "headless" / "metrics.jsonl").unlink()
     (tmp_path / "notes.txt").write_text("no run")
-    folders = ["unfinished", "foreign", "torn", "list", "empty", "nothing", "headless", "notes.txt"]
-    folders += [make("good"), "./good"]
-    lines = refusal_of(*folders)
-    problems = ["--resume", "lacks", "can't be read", "lacks", "lacks"]
-    problems += ["no folder of a run", "can't be read", "no folder of a run", "is given twice"]
-    named = [*folders[:8], "./good"]
+    problems |= {"notes.txt": "no folder of a run", "./good": "is given twice: give it once"}
+    *folders, again = problems
+    lines = refusal_of(*folders, make("good"), again)
     assert len(lines) == len(problems)
-    for line, folder, problem in zip(lines, named, problems):
+    for line, (folder, problem) in zip(lines, problems.items()):
         assert line.startswith(f"- {folder}") and problem in line
-        assert "leave it out" in line or "give it once" in line
+        assert "leave it out" in line or folder == again
 
 
-def test_a_report_of_an_older_version_is_told(make, refusal_of, form):
+@pytest.mark.parametrize(
+    ("figures", "lacking"),
+    [
+        ({}, "kl_minimum"),
+        ({"kl": None}, "what it should hold"),
+        ({"kl": "7"}, "what it should hold"),
+    ],
+)
+def test_a_report_that_lacks_a_figure_is_told(make, refusal_of, form, figures, lacking):
+    """As that of an older version does, or one that was edited."""
     trained = copy.deepcopy(form[0]["trained"])
-    del trained["train_prompts"]["kl_minimum"]
+    trained["train_prompts"] |= figures
+    if lacking == "kl_minimum":
+        del trained["train_prompts"][lacking]
     (line,) = refusal_of(make("good"), make("old", of_report={"trained": trained}))
-    assert line.startswith("- old: ") and "lacks kl_minimum" in line
-
-
-@pytest.mark.parametrize("value", [None, "7"])
-def test_a_report_whose_figure_is_no_number_is_told(make, refusal_of, form, value):
-    trained = copy.deepcopy(form[0]["trained"])
-    trained["train_prompts"]["kl"] = value
-    (line,) = refusal_of(make("good"), make("edited", of_report={"trained": trained}))
-    assert line.startswith("- edited: ") and "lacks what it should hold" in line
+    assert line.startswith("- old: ") and f"lacks {lacking}" in line
 
 
 def test_a_setting_that_an_older_version_lacked_is_told(make, table_of, form):
@@ -296,7 +314,7 @@ def test_a_setting_that_an_older_version_lacked_is_told(make, table_of, form):
 
 @pytest.mark.parametrize("module", [train_sft, train_reward_model, make_instructions])
 def test_runs_of_other_scripts_are_refused(make, refusal_of, module):
-    settings = {name.lower(): 1 for *_, names in module.RULES for name in names.split()}
+    settings = dict.fromkeys(module.Settings.model_fields, 1)
     assert "kl_coef" not in settings
     (line,) = refusal_of(make("good"), make("other", of_report={"settings": settings}))
     assert line.startswith("- other is of another script than train_rlhf.py")
@@ -319,10 +337,8 @@ def test_a_place_that_can_not_be_written_is_refused(make, capsys):
     assert "--output is nowhere/comparison: it can't be written" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------- the picture
+# -------------------------------------------------------------------------- the picture
 def test_the_picture_has_a_curve_a_band_and_points_for_each_row(make, monkeypatch):
-    from matplotlib.figure import Figure
-
     figures, base = [], {"success_rate": 0.25}
     monkeypatch.setattr(Figure, "savefig", lambda self, *place, **options: figures.append(self))
     rates = [[0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [0.2, 0.4, 0.4, 0.6, 0.6, 1.0]]
@@ -331,8 +347,8 @@ def test_the_picture_has_a_curve_a_band_and_points_for_each_row(make, monkeypatc
         point = {"kl": 2.0 + seed, "success_rate": 0.8 + 0.1 * seed}
         folders.append(make(f"cheap{seed}", figures=point, base=base, rates=rates[seed], seed=seed))
     point = {"kl": 1.0, "success_rate": 0.5}
-    folders.append(make("_dear$_$", figures=point, base=base, kl_coef=0.2))
-    folders.append(make("same as dear", figures=point, base=base, kl_coef=0.2))
+    for folder in ("_dear$_$", "same as dear"):
+        folders.append(make(folder, figures=point, base=base, kl_coef=0.2))
     assert compare.main(folders) == 0
     (figure,) = figures
     left, right = figure.axes
@@ -358,23 +374,21 @@ def test_the_picture_has_a_curve_a_band_and_points_for_each_row(make, monkeypatc
 
 
 def test_the_least_kl_of_a_success_rate_is_that_of_the_script():
-    successes = 60  # of 240 samples of the base model
-    scores = torch.tensor([1.0] * successes + [-1.0] * (240 - successes), dtype=torch.float64)
-    figures = {"train_prompts": {"success_rate": 0.95}}
-    run = compare.SimpleNamespace(report={"trained": figures})
-    points = compare.least_kls(successes / 240, [run], "success_rate")
+    scores = [1.0] * 60 + [-1.0] * 180
+    report = {"trained": {"train_prompts": {"success_rate": 0.95}}}
+    run = compare.Run("trained_model", settings={}, report=report, metrics=[])
+    points = compare.least_kls(60 / 240, [run], "success_rate")
     assert points[0] == (0.0, 0.25) and points[-1][1] == pytest.approx(0.95)
     for kl, rate in points[::10]:
-        assert kl == pytest.approx(train_rlhf.kl_minimum(2 * rate - 1, scores), abs=1e-3)
+        assert kl == pytest.approx(kl_minimum(2 * rate - 1, scores), abs=1e-3)
     for base in (0.0, 1.0):
         assert compare.least_kls(base, [run], "success_rate") == [(0.0, base)]
 
 
 def test_the_least_kls_of_scores_are_those_of_the_reports(make):
-    least = [(1.5, 3.0), (0.5, 2.0), (None, 1.0)]
     runs = [
         compare.read_run(make(f"run{n}", figures={"kl_minimum": kl, "score": score}))
-        for n, (kl, score) in enumerate(least)
+        for n, (kl, score) in enumerate([(1.5, 3.0), (0.5, 2.0), (None, 1.0)])
     ]
     assert compare.least_kls(1.0, runs, "score") == [(0.0, 1.0), (0.5, 2.0), (1.5, 3.0)]
 

@@ -1,10 +1,12 @@
-"""Constants are plain Python that anybody edits: an edit works, or ends in one line that helps."""
+"""Constants are plain Python that anybody edits: it works, or ends in one line that helps."""
 
 import ast
 import contextlib
 import importlib.util
+import inspect
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,78 +15,119 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import refusals
 
+import make_instructions
+import train_reward_model
 import train_rlhf
+import train_sft
+from finetune.command import run_main
 
-NAMES = [name for _, _, _, names in train_rlhf.RULES for name in names.split()]
+SCRIPTS = [train_rlhf, train_sft, train_reward_model, make_instructions]
+ROOT = Path(train_rlhf.__file__).parent
+
+
+@pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)
+def each(request):
+    return request.param
+
+
+def names_of(script):
+    return [name.upper() for name in script.Settings.model_fields]
+
+
+def source_of(script):
+    return Path(script.__file__).read_text(encoding="utf-8")
 
 
 def assigned_constants(source):
-    """Return {name: node} of the names in capitals that are assigned at the top level."""
+    """Return {name: node} of what is assigned before the first class."""
     found = {}
     for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            return found
         if isinstance(node, ast.Assign | ast.AnnAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            if isinstance(target, ast.Name) and target.id.isupper():
-                assert target.id not in found
-                found[target.id] = node
-    return found
+            assert target.id not in found
+            found[target.id] = node
 
 
-def edit(source, name, text):
-    """Return the source with other lines where a constant is."""
-    node = assigned_constants(source)[name]
-    lines = source.split("\n")
-    lines[node.lineno - 1 : node.end_lineno] = text.split("\n") if text else []
-    return "\n".join(lines)
+def name_in(text):
+    """Return the constant that the text of an edit assigns or deletes."""
+    return re.search("^(del )?([A-Z_]+)", text, flags=re.M)[2]
 
 
-@pytest.fixture
-def source(script):
-    return script.read_text(encoding="utf-8")
+def edit(source, *texts):
+    """Return the source with these texts where their constants are; "del X" leaves nothing."""
+    for text in texts:
+        node = assigned_constants(source)[name_in(text)]
+        lines = source.split("\n")
+        new = [] if text.startswith("del ") else text.split("\n")
+        lines[node.lineno - 1 : node.end_lineno] = new
+        source = "\n".join(lines)
+    return source
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Go to a folder with an earlier run, without a GPU; return it."""
-    (tmp_path / "trained_model").mkdir()
-    (tmp_path / "trained_model" / "report.json").write_text("{}")
+    """Go to a folder with an earlier run, and data for all scripts, without a GPU."""
+    for name in ("trained_model", "sft_model", "reward_model", "instructions"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text("{}")
+    row = {"prompt": "Hi", "chosen": " good", "rejected": " bad", "completion": " good"}
+    rows = json.dumps([row, row | {"prompt": "Life is"}])
+    for name in ("instructions.jsonl", "pairs.jsonl"):
+        (tmp_path / name).write_text(rows)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "10000")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     return tmp_path
 
 
-def assert_untouched(folder):
-    """Nothing was moved, and there is nothing new but the script."""
-    paths = {str(path.relative_to(folder)) for path in folder.rglob("*")}
-    assert paths - {"edited.py"} == {"trained_model", "trained_model/report.json"}
-    assert (folder / "trained_model" / "report.json").read_text() == "{}"
+def contents(folder):
+    """Return what is in a folder but for the script."""
+    paths = [path for path in folder.rglob("*") if path.name != "edited.py"]
+    return {path: path.is_file() and path.read_bytes() for path in paths}
 
 
 @pytest.fixture
-def call_edited(folder, capsys):
-    """Call main of a copy of the script; return its status, the settings it would run, stderr."""
+def call_edited(folder, monkeypatch, capsys):
+    """Execute an edited file, and call main; return status, what it would run, stderr."""
 
     def call(source, *flags):
-        path = folder / "edited.py"
-        path.write_text(source, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location("edited", path)
+        before, started = contents(folder), []
+        (folder / "edited.py").write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("edited", folder / "edited.py")
         edited = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "edited", edited)
         spec.loader.exec_module(edited)
-        started = []
         edited.run = started.append
         status = edited.main(list(flags))
         output, message = capsys.readouterr()
-        assert output == ""
-        assert_untouched(folder)
+        assert output == "" and contents(folder) == before
         return status, started, message
 
     return call
 
 
-# ----------------------------------------------------------------------------- the edits that work
+@pytest.fixture
+def call_constants(folder, capsys):
+    """Do the same with the constants of train_rlhf.py alone, which takes no time."""
+
+    def call(source, *flags):
+        names = {"Path": Path, "json": json}
+        nodes = list(assigned_constants(source).values())
+        exec(compile(ast.Module(nodes, []), "<edited>", "exec"), names)
+        started, settings = [], train_rlhf.Settings
+        status = run_main(started.append, flags, names, settings, train_rlhf.CHECKS)
+        output, message = capsys.readouterr()
+        assert output == ""
+        return status, started, message
+
+    return call
+
+
+# ------------------------------------------------------------------- the edits that work
 ABOVE = "# Price of one nat of KL.\n#\n\nKL_COEF = 0.2"
 MY_REWARD = 'REWARD = Path("my.py").name + ":score"'
 
@@ -94,12 +137,11 @@ MY_REWARD = 'REWARD = Path("my.py").name + ":score"'
     [
         pytest.param("KL_COEF = 0.2", [], 0.2, id="comment dropped"),
         pytest.param(ABOVE, [], 0.2, id="comment above"),
-        pytest.param("KL_COEF = 0.2  # KL_COEF = 7, 100 % {x} \\", [], 0.2, id="other comment"),
-        pytest.param("KL_COEF = 0.2 # price", [], 0.2, id="one space"),
+        pytest.param("KL_COEF = 0.2  # KL_COEF = 7, {x} \\", [], 0.2, id="other comment"),
         pytest.param("KL_COEF=0.2# price", [], 0.2, id="no space"),
         pytest.param("KL_COEF: float = 0.2", [], 0.2, id="annotation"),
         pytest.param("KL_COEF = 1", [], 1.0, id="whole number"),
-        pytest.param("KL_COEF = 1", ["--kl-coef", "0.5"], 0.5, id="whole number, fraction as flag"),
+        pytest.param("KL_COEF = 1", ["--kl-coef", "0.5"], 0.5, id="fraction as flag"),
         pytest.param("BATCH_SIZE = 12.0", [], 12, id="fraction that is whole"),
         pytest.param('BATCH_SIZE = "12"', [], 12, id="whole number in quotes"),
         pytest.param('LEARNING_RATE = "1e-4"', [], 1e-4, id="number in quotes"),
@@ -108,138 +150,153 @@ MY_REWARD = 'REWARD = Path("my.py").name + ":score"'
         pytest.param('OUTPUT_DIR = Path("x") / "y"', [], "x/y", id="path"),
         pytest.param('MODEL_NAME = Path("..")', [], "..", id="model as path"),
         pytest.param('POSITIVE_WORDS = "happy"', [], ["happy"], id="one word"),
-        pytest.param('POSITIVE_WORDS = ("happy", "glad")', [], ["happy", "glad"], id="tuple"),
+        pytest.param('POSITIVE_WORDS = ("joy", "glad")', [], ["joy", "glad"], id="tuple"),
         pytest.param('PROMPTS = "Good day"', [], ["Good day"], id="one prompt"),
         pytest.param('PROMPTS = "Good day",', [], ["Good day"], id="tuple of one prompt"),
         pytest.param('EVAL_PROMPTS = "..."', [], ["..."], id="one prompt held out"),
-        pytest.param("EVAL_PROMPTS = []", [], [], id="nothing held out"),
-        pytest.param("EVAL_PROMPTS = ()", [], [], id="nothing held out, in a tuple"),
+        pytest.param("EVAL_PROMPTS = ()", [], [], id="nothing held out"),
         pytest.param("TRAINING_EPOCHS = 0.1", [], 0.1, id="a tenth of an epoch"),
         pytest.param("SUCCESS_THRESHOLD = 5", [], 5.0, id="number where auto was"),
-        pytest.param("SUCCESS_THRESHOLD = 5", ["--success-threshold", "auto"], "auto", id="auto"),
         pytest.param('LORA_TARGETS = "q_proj"', [], ["q_proj"], id="one layer"),
         pytest.param(MY_REWARD, [], "my.py:score", id="calculated text"),
     ],
 )
-def test_an_edit_that_works(source, call_edited, text, flags, value):
-    name = re.search("^[A-Z_]+", text, flags=re.M)[0]
-    status, (settings,), message = call_edited(edit(source, name, text), *flags)
+def test_an_edit_that_works(call_constants, text, flags, value):
+    source = edit(source_of(train_rlhf), text)
+    status, (settings,), message = call_constants(source, *flags)
     assert (status, message) == (0, "")
-    found = getattr(settings, name.lower())
+    found = getattr(settings, name_in(text).lower())
     assert (found, type(found)) == (value, type(value))
 
 
-# ------------------------------------------------------------------------ the edits that are refused
-OR_AUTO = "give a number, or auto, from -1000000000000000 to 1000000000000000"
+EDITS = (
+    '# Which model?\nMODEL_NAME = str("sft") + "_model"',
+    'OUTPUT_DIR="mine"# all of it',
+    'DEVICE: str = "cpu"',
+    'BATCH_SIZE = "4"  # BATCH_SIZE = 7, 100 % {x} \\',
+    "LOG_EVERY = 4.0",
+    "SEED = 2 * 3",
+)
+EDITED = {"model_name": "sft_model", "output_dir": "mine", "device": "cpu", "batch_size": 4}
+EDITED |= {"log_every": 4, "seed": 6}
 
 
+def test_an_edited_file(each, call_edited):
+    source = edit(source_of(each), *EDITS)
+    status, (settings,), message = call_edited(source, "--dtype", "float32")
+    assert (status, message) == (0, "")
+    defaults = {name.lower(): getattr(each, name) for name in names_of(each)}
+    assert settings.model_dump() == defaults | EDITED | {"dtype": "float32"}
+
+
+# ------------------------------------------------------------ the edits that are refused
 @pytest.mark.parametrize(
-    ("name", "text", "problem"),
+    ("text", "shown"),
     [
-        ("KL_COEF", "KL_COEF = None", "None: give a number from 0 to 1e+30"),
-        ("MAX_GRAD_NORM", "MAX_GRAD_NORM = None", "None: give a number from 0 to 1e+30"),
-        ("KL_COEF", "KL_COEF = 0,1", "(0, 1): give a number from 0 to 1e+30"),
-        ("KL_COEF", "KL_COEF = True", "True: give a number from 0 to 1e+30"),
-        ("KL_COEF", 'KL_COEF = float("nan")', "nan: give a number from 0 to 1e+30"),
-        ("BATCH_SIZE", "BATCH_SIZE = 12.5", "12.5: give a whole number from 1 to 1000000"),
-        ("BATCH_SIZE", 'BATCH_SIZE = "ten"', "ten: give a whole number from 1 to 1000000"),
-        ("RESUME", "RESUME = 0", "0: give True or False"),
-        ("CHAT_TEMPLATE", "CHAT_TEMPLATE = None", "None: give True or False"),
-        ("SUCCESS_THRESHOLD", "SUCCESS_THRESHOLD = None", f"None: {OR_AUTO}"),
-        ("SUCCESS_THRESHOLD", "SUCCESS_THRESHOLD = True", f"True: {OR_AUTO}"),
-        ("DEVICE", "DEVICE = None", "None: give auto, cpu, cuda or mps"),
-        ("OUTPUT_DIR", "OUTPUT_DIR = 5", "5: give a text"),
-        ("MODEL_NAME", 'MODEL_NAME = ""', "empty: give a text"),
-        ("PROMPTS", 'PROMPTS = ["I", 5]', "['I', 5]: give a list of texts, none empty"),
+        ("KL_COEF = None", "None"),
+        ("KL_COEF = 0,1", "(0, 1)"),
+        ("KL_COEF = True", "True"),
+        ("BATCH_SIZE = 10**5000", "1" + "0" * 78 + "…"),
+        ("SUCCESS_THRESHOLD = True", "True"),
         # What has a name is no text for that.
-        ("PROMPTS", 'PROMPTS = (text for text in ["I"])', "<generator object: give a list of texts, none empty"),
-        ("POSITIVE_WORDS", "POSITIVE_WORDS = str", "<class 'str'>: give a list of texts, none empty"),
-        ("OUTPUT_DIR", "OUTPUT_DIR = json", "<module 'json': give a text"),
-        ("POSITIVE_WORDS", "POSITIVE_WORDS = []", "[]: give a list of texts, none empty"),
-        ("POSITIVE_WORDS", "POSITIVE_WORDS = {}", "{}: give a list of texts, none empty"),
-        # A constant that was deleted.
-        ("SEED", "", "None: give a whole number from 0 to 4294967295"),
-        ("PROMPTS", "", "None: give a list of texts, none empty"),
+        ('PROMPTS = (text for text in ["I"])', "<generator object"),
+        ("POSITIVE_WORDS = str", "<class 'str'>"),
+        ("OUTPUT_DIR = json", "<module 'json'"),
+        ("POSITIVE_WORDS = {}", "{}"),
+        ("del SEED", "None"),
+        ("PROMPTS: list", "None"),  # which gives it no value
     ],
-)  # fmt: skip
-def test_an_edit_that_is_refused(source, call_edited, name, text, problem):
-    status, started, message = call_edited(edit(source, name, text))
-    assert (status, started) == (2, [])
-    problem, _, remedy = problem.partition(": ")
-    assert message.startswith(f"Nothing was started or changed:\n- {name} is {problem}")
-    assert message.endswith(f": {remedy}\n") and message.count("\n") == 2
+)
+def test_an_edit_that_is_refused(call_constants, text, shown):
+    status, started, message = call_constants(edit(source_of(train_rlhf), text))
+    (problem,) = refusals(status, message)
+    assert started == []
+    assert problem.startswith(f"{name_in(text)} is {shown}") and ": give " in problem
 
 
-def test_several_edits_that_are_refused_are_told_at_once(source, call_edited):
-    for text in ("GAMMA = 2", "KL_COEF = None", 'DTYPE = "int8"'):
-        source = edit(source, text.split()[0], text)
-    status, started, message = call_edited(source, "--gamma", "1")  # the flag mends the first one
-    assert (status, started) == (2, [])
-    first, *problems = message.splitlines()
-    assert first == "Nothing was started or changed:"
-    assert sorted(problems) == [
-        "- DTYPE is int8: give auto, float32, bfloat16 or float16",
-        "- KL_COEF is None: give a number from 0 to 1e+30",
+def test_edits_of_a_file_that_are_refused_are_told_at_once(each, call_edited):
+    source = edit(source_of(each), "BATCH_SIZE = 2.5", "SEED = None", 'DTYPE = "int8"')
+    source = edit(source, "LOG_EVERY = str", "del MODEL_NAME")
+    # The flag mends the first one.
+    status, started, message = call_edited(source, "--batch-size", "1")
+    assert started == []
+    assert refusals(status, message) == [
+        "MODEL_NAME is None: give a text",
+        "DTYPE is int8: give auto, float32, bfloat16 or float16",
+        "SEED is None: give a whole number from 0 to 4294967295",
+        "LOG_EVERY is <class 'str'>: give a whole number from 1 to 1000000",
     ]
 
 
-# ------------------------------------------------------------------------------ quotes that are missing
-def test_a_script_with_a_constant_that_lacks_its_quotes(source, folder):
-    """A fresh process, since this goes through sys.excepthook; its path is a relative one."""
-    (folder / "edited.py").write_text(edit(source, "DEVICE", "DEVICE = cpu  # or cuda"))
-    done = subprocess.run([sys.executable, "edited.py"], capture_output=True, encoding="utf-8")
+# --------------------------------------------------------------- quotes that are missing
+def test_a_file_with_a_constant_that_lacks_its_quotes(each, folder):
+    """A fresh process, since it goes through sys.excepthook; its path is a relative one."""
+    before = contents(folder)
+    (folder / "edited.py").write_text(edit(source_of(each), "DEVICE = cpu  # or cuda"))
+    command = [sys.executable, "-B", "edited.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == 'DEVICE = cpu: give "cpu", in quotes\n'
-    assert_untouched(folder)
+    assert contents(folder) == before
+
+
+@pytest.fixture
+def end_of(folder, monkeypatch, capsys):
+    """Execute a source as a script until it raises; return how that ends, and stderr."""
+    path = folder / "edited.py"
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(path), raising=False)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+
+    def execute(source):
+        path.write_text(source, encoding="utf-8")
+        names, status = {"__name__": "__main__", "__file__": str(path)}, None
+        with pytest.raises(Exception) as error:
+            exec(compile(source, path, "exec"), names)
+        try:
+            # Without the frame of this test.
+            sys.excepthook(error.type, error.value, error.tb.tb_next)
+        except SystemExit as exit:
+            status = exit.code
+        return status, capsys.readouterr().err
+
+    yield execute
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "name"),
     [
-        (
-            "REWARD = positive_word_reward",  # it is there, but only further below
-            'REWARD = positive_word_reward: give "positive_word_reward", in quotes',
-        ),
-        ("LORA_TARGETS = [q_proj]", 'LORA_TARGETS = [q_proj]: give "q_proj", in quotes'),
-        ("RESUME = true", 'RESUME = true: give "true", in quotes'),
+        # It is there, but only further below.
+        ("REWARD = positive_word_reward", "positive_word_reward"),
+        ("LORA_TARGETS = [q_proj]", "q_proj"),
+        ("RESUME = true", "true"),
     ],
 )
-def test_what_else_may_lack_its_quotes(source, folder, monkeypatch, capsys, text, message):
-    path = folder / "edited.py"
-    path.write_text(edit(source, text.split()[0], text))
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(path), raising=False)
-    program = compile(path.read_text(), path, "exec")
-    with pytest.raises(NameError) as error:
-        exec(program, {"__name__": "__main__", "__file__": str(path)})
-    with pytest.raises(SystemExit) as exit:
-        sys.excepthook(error.type, error.value, error.tb.tb_next)  # without the frame of this test
-    assert exit.value.code == 2
-    assert capsys.readouterr() == ("", f"{message}\n")
-    assert_untouched(folder)
+def test_what_else_may_lack_its_quotes(end_of, text, name):
+    message = f'{text}: give "{name}", in quotes\n'
+    assert end_of(edit(source_of(train_rlhf), f"{text}  # a comment")) == (2, message)
 
 
-def test_other_errors_than_missing_quotes_keep_their_traceback(source, folder, monkeypatch, capsys):
-    path = folder / "edited.py"
-    path.write_text(edit(source, "SEED", "SEED = 1 / 0"))
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    program = compile(path.read_text(), path, "exec")
-    with pytest.raises(ZeroDivisionError) as error:
-        exec(program, {"__name__": "__main__", "__file__": str(path)})
-    sys.excepthook(error.type, error.value, error.tb)
-    assert capsys.readouterr().err.endswith("ZeroDivisionError: division by zero\n")
+def test_other_errors_than_missing_quotes_keep_their_traceback(end_of):
+    source = source_of(train_rlhf)
+    status, message = end_of(edit(source, "SEED = 1 / 0"))
+    assert status is None and message.endswith("ZeroDivisionError: division by zero\n")
 
-    with pytest.raises(NameError) as error:
-        exec("def wrong():\n    no_such_name\nwrong()", {})  # not in a line of the script
-    sys.excepthook(error.type, error.value, error.tb)
-    assert "Traceback" in capsys.readouterr().err
+    # This one is not in a line of the script itself.
+    wrong = "def wrong():\n    no_such_name\n\nwrong()\nSEED = 0"
+    status, message = end_of(edit(source, wrong))
+    assert status is None and message.startswith("Traceback")
 
 
-# ------------------------------------------------------------------------------ the imported module
+# ------------------------------------------------------------------- the imported module
 def test_constants_that_are_set_on_the_imported_module(folder, monkeypatch, capsys):
     started = []
     monkeypatch.setattr(train_rlhf, "run", started.append)
-    monkeypatch.setattr(sys, "argv", ["my_program.py", "--nonsense"])  # flags of something else
+    monkeypatch.setattr(sys, "argv", ["my_program.py", "--flag-of-its-own"])
     monkeypatch.setattr(train_rlhf, "KL_COEF", 1)
     monkeypatch.setattr(train_rlhf, "OUTPUT_DIR", Path("elsewhere"))
     monkeypatch.setattr(train_rlhf, "REWARD", train_rlhf.positive_word_reward)
@@ -252,50 +309,30 @@ def test_constants_that_are_set_on_the_imported_module(folder, monkeypatch, caps
 
     monkeypatch.setattr(train_rlhf, "KL_COEF", None)
     monkeypatch.delattr(train_rlhf, "SEED")
-    assert train_rlhf.main() == 2
-    problems = capsys.readouterr().err
-    assert "- KL_COEF is None: give a number from 0 to 1e+30\n" in problems
-    assert "- SEED is None: give a whole number from 0 to 4294967295\n" in problems
+    seed, kl_coef = refusals(train_rlhf.main(), capsys.readouterr().err)
+    assert seed == "SEED is None: give a whole number from 0 to 4294967295"
+    assert kl_coef == "KL_COEF is None: give a number from 0 to 1e+30"
     assert len(started) == 2
-    assert_untouched(folder)
 
 
-@pytest.mark.parametrize("good", [True, False], ids=["works", "refused"])
-def test_a_function_of_ones_own_set_on_the_imported_module(
-    folder, monkeypatch, capsys, demo_model, good
-):
-    """As in a notebook: it is called by its object, and refused before anything is moved."""
+def test_a_function_of_ones_own_set_on_the_imported_module(read_settings, monkeypatch):
+    """As in a notebook: it is called by its object; the settings have its name alone."""
 
     def politeness(prompts, completions, **kwargs):
-        return [float(len(text)) for text in completions] if good else None
+        return [float(len(text)) for text in completions]
 
-    def stop(settings):
-        rows = [{"prompt": "I feel so"}, {"prompt": "Life is"}]
-        reward, scale = train_rlhf.load_reward(settings, rows, torch.device("cpu"))
-        found.append((reward(rows, ["a", "bcd"]), scale, settings.reward))
-
-    found = []
     monkeypatch.setattr(train_rlhf, "REWARD", politeness)
-    monkeypatch.setattr(train_rlhf, "run", stop)
-    status = train_rlhf.main(["--model-name", str(demo_model)])
-    output, message = capsys.readouterr()
-    assert output == ""
-    if good:
-        assert (status, message) == (0, "")
-        assert found == [([1.0, 3.0], None, "politeness")]
-    else:
-        first, line = message.splitlines()
-        assert (status, first, found) == (2, "Nothing was started or changed:", [])
-        assert line.startswith("- REWARD is politeness: TypeError(")
-        remedy = "let f(prompts, completions, **kwargs) return a finite number for each completion"
-        assert line.endswith(f": {remedy}")
-    assert_untouched(folder)
+    settings = read_settings("--device", "cpu")
+    rows = [{"prompt": "I feel so"}, {"prompt": "Life is"}]
+    scorer, scale = train_rlhf.load_reward(settings, rows, torch.device("cpu"))
+    assert (settings.reward, scale) == ("politeness", None)
+    assert scorer(rows, ["a", "bcd"]) == [1.0, 3.0]
 
 
-# --------------------------------------------------------------------------------- a notebook's cell
+# --------------------------------------------------------------------- a notebook's cell
 @pytest.fixture
 def run_cell(folder, monkeypatch):
-    """Run a source as a cell of a notebook does; return what it prints."""
+    """Run a file as a notebook's cell, its run a mere note; return that, and its output."""
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
@@ -303,118 +340,60 @@ def run_cell(folder, monkeypatch):
     def run(source):
         hook, before = sys.excepthook, signal.signal(signal.SIGINT, interrupt)
         monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel-1.json"])
+        head, _, end = source.rpartition("\nif ")
+        source = f"{head}\nrun = started.append\nif {end}"
+        names = {"__name__": "__main__", "started": []}
         output, message = io.StringIO(), io.StringIO()
         try:
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(message):
-                exec(compile(source, "<cell>", "exec"), {"__name__": "__main__"})
+                exec(compile(source, "<cell>", "exec"), names)
             assert signal.getsignal(signal.SIGINT) is interrupt
             assert sys.excepthook is hook
         finally:
             signal.signal(signal.SIGINT, before)
-        return output.getvalue(), message.getvalue()
+        return names["started"], output.getvalue(), message.getvalue()
 
     return run
 
 
-def test_a_whole_run_in_a_cell_with_many_edits_at_once(source, folder, run_cell, demo_model):
-    edits = (
-        f"MODEL_NAME = Path({str(demo_model)!r})",
-        'OUTPUT_DIR = Path("mine")',
-        'DEVICE = "cpu"',
-        'LORA_TARGETS = "q_proj"',
-        'PROMPTS = ("I feel so", "Life is")',
-        'EVAL_PROMPTS = "My day was"',
-        'POSITIVE_WORDS = "happy"',
-        'BATCH_SIZE = "4"',
-        "MAX_NEW_TOKENS = 4.0",
-        "TRAINING_EPOCHS = 2 # enough",
-        "PPO_EPOCHS: int = 1",
-        "TARGET_APPROX_KL = 0",
-        "EVAL_SAMPLES = 4",
-    )
-    for text in edits:
-        source = edit(source, re.match("[A-Z_]+", text)[0], text)
-    output, message = run_cell(source)
-    assert "step 1/1, " in output
-    assert message == ""
-    report = json.loads((folder / "mine" / "report.json").read_text())
-    assert report["settings"]["model_name"] == str(demo_model)
-    assert report["settings"]["output_dir"] == "mine"
-    assert report["settings"]["positive_words"] == ["happy"]
-    assert report["settings"]["batch_size"] == 4
-    assert list(report["trained"]["train_prompts"]["first_sample"]) == ["I feel so", "Life is"]
-    assert list(report["trained"]["eval_prompts"]["first_sample"]) == ["My day was"]
+def test_a_cell_with_many_edits_at_once(each, run_cell):
+    (settings,), output, message = run_cell(edit(source_of(each), *EDITS))
+    assert (output, message) == ("", "")
+    assert settings.model_dump().items() >= EDITED.items()
 
 
-def test_a_constant_that_is_refused_in_a_cell(source, folder, run_cell):
-    problem = "KL_COEF is None: give a number from 0 to 1e+30"
-    told = f"Nothing was started or changed:\n- {problem}\n"
-    assert run_cell(edit(source, "KL_COEF", "KL_COEF = None")) == ("", told)
-    assert_untouched(folder)
+def test_a_constant_that_is_refused_in_a_cell(each, folder, run_cell):
+    before = contents(folder)
+    started, output, message = run_cell(edit(source_of(each), "SEED = None"))
+    assert (started, output) == ([], "")
+    problem = "SEED is None: give a whole number from 0 to 4294967295"
+    assert refusals(2, message) == [problem]
+    assert contents(folder) == before
 
 
-# ------------------------------------------------------------------------- constants, rules and code
-def test_every_constant_has_one_rule_and_every_rule_a_constant(source):
-    """Names in capitals that stand further below, as RULES, are tables of the code."""
-    (run,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "run")
-    nodes = assigned_constants(source)
-    constants = [name for name, node in nodes.items() if node.lineno < run.lineno]
-    assert sorted(NAMES) == sorted(constants)
+# ---------------------------------------------------------------------- constants and code
+def names_read(path):
+    """Return what a file reads of its settings, and the other names that it reads."""
+    of_settings, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(getattr(node, "ctx", None), ast.Load):
+            if isinstance(node, ast.Name):
+                others.add(node.id)
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("settings"):
+                of_settings.add(node.attr)
+    return of_settings, others
 
 
-def test_every_constant_stands_before_the_code_with_a_comment(source):
-    nodes = assigned_constants(source)
-    lines = source.split("\n")
-    (run,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "run")
-    for name in NAMES:
-        assert nodes[name].end_lineno < run.lineno
-        assert len(lines[nodes[name].lineno - 1].partition("  # ")[2]) > 10, name
+def test_every_constant_is_read_by_the_code(each):
+    """As settings.name, or as the argument of that name which a check has."""
+    read, bypassed = names_read(Path(each.__file__))
+    for path in ROOT.glob("finetune/*.py"):
+        read |= names_read(path)[0]
+    for check in each.CHECKS:
+        read |= inspect.signature(check).parameters.keys()
+    assert [name for name in names_of(each) if name.lower() not in read] == []
 
-
-def read_by_name(function):
-    """Return the texts in the comprehensions that get each of them out of the settings."""
-    tuples = {
-        node.targets[0].id: node.value
-        for node in ast.walk(function)
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
-    found = set()
-    for node in ast.walk(function):
-        if isinstance(node, ast.DictComp) and ast.unparse(node.value) == "getattr(settings, name)":
-            names = [*ast.walk(node.generators[0].iter)]
-            names += [
-                each
-                for name in names
-                if isinstance(name, ast.Name) and name.id in tuples
-                for each in ast.walk(tuples[name.id])
-            ]
-            found |= {each.value for each in names if isinstance(each, ast.Constant)}
-    return found
-
-
-def test_every_constant_is_read_by_the_code(source):
-    """As settings.name, or by name; the names in capitals would bypass the flags.
-
-    By name means a comprehension over names that a function lists, as {name: getattr(settings,
-    name) for name in ("gamma", "lam")}.
-    """
-    read, bypassed = set(), set()
-    for node in ast.walk(ast.parse(source)):
-        loaded = isinstance(getattr(node, "ctx", None), ast.Load)
-        if loaded and ast.unparse(node).startswith("settings."):
-            read.add(getattr(node, "attr", None))
-        if loaded and isinstance(node, ast.Name):
-            bypassed.add(node.id)
-        if isinstance(node, ast.FunctionDef):
-            read |= read_by_name(node)
-    assert [name for name in NAMES if name.lower() not in read] == []
-    # A function that others may call alone has the words of the file as its default.
-    assert set(NAMES) & bypassed == {"POSITIVE_WORDS"}
-
-
-def test_the_defaults_follow_their_own_rules(folder, read_settings):
-    settings = vars(read_settings())
-    assert settings == {name.lower(): getattr(train_rlhf, name) for name in NAMES}
-    for name in NAMES:
-        kinds = {type(settings[name.lower()]), type(getattr(train_rlhf, name))}
-        assert len(kinds) == 1 or kinds == {int, float}, name  # 150 is a number too
+    # The names in capitals bypass the flags. But a function that others may call alone has the
+    # words of the file as its default, and one that is set as REWARD is called by its object.
+    allowed = {"POSITIVE_WORDS", "REWARD"} if each is train_rlhf else set()
+    assert {*names_of(each)} & bypassed == allowed

@@ -1,4 +1,4 @@
-"""Encoder-decoder models, T5 and BART, as policy: queries for the encoder, responses for the decoder."""
+"""Encoder-decoders, T5 and BART: queries are for the encoder, responses for the decoder."""
 
 import contextlib
 import io
@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import greedy, refusals
 from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -25,42 +26,55 @@ from transformers import (
 import make_instructions
 import train_rlhf
 import train_sft
+from finetune import command, models
+from finetune.checkpoint import trained_weights
+from finetune.errors import shorten
+from finetune.processes import join_processes, random_numbers
+from finetune.sampling import sample_responses
+from finetune.tokens import encode
 
 PROMPTS = ["I feel so", "Today I am really tired, and it", "Life is"]  # of unequal lengths
-FLAGS = [
-    "--device",
-    "cpu",
-    "--batch-size",
-    "3",
-    "--max-new-tokens",
-    "6",
-    "--learning-rate",
-    "0.003",
-]
-FLAGS += ["--prompts", *PROMPTS, "--eval-prompts", "--eval-samples", "6"]
 TEMPERATURE = 0.8
+FLAGS = ["--device", "cpu", "--batch-size", "3", "--max-new-tokens", "6", "--eval-samples", "6"]
+FLAGS += ["--prompts", *PROMPTS, "--eval-prompts", "--learning-rate", "0.003"]
 FLAGS += ["--temperature", str(TEMPERATURE)]
 ONE_UPDATE = ["--ppo-epochs", "1", "--target-approx-kl", "0"]
 
 
-def t5_config(tokenizer, **more):
+def t5_config(tokenizer):
     """Return the shape of a tiny T5; as in the real ones, the decoder starts with the pad token."""
-    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    ids |= {"decoder_start_token_id": tokenizer.pad_token_id}
-    gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": True}
-    return T5Config(vocab_size=len(tokenizer), **sizes, **ids, **gated, **more)
+    return T5Config(
+        vocab_size=len(tokenizer),
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
 
 
 def bart_config(tokenizer):
-    """Return the shape of a tiny BART; as in the real ones, the decoder starts with the end token."""
-    sizes = {"d_model": 64, "max_position_embeddings": 64, "init_std": 0.1}
+    """Return the shape of a tiny BART; its decoder starts with the end token, as in real ones."""
+    sizes = {}
     for part in ("encoder", "decoder"):
         sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 4, f"{part}_ffn_dim": 128}
-    ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    for name in ("eos_token_id", "decoder_start_token_id", "forced_eos_token_id"):
-        ids[name] = tokenizer.eos_token_id
-    return BartConfig(vocab_size=len(tokenizer), **sizes, **ids)
+    return BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=64,
+        max_position_embeddings=64,
+        init_std=0.1,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        forced_eos_token_id=tokenizer.eos_token_id,
+        **sizes,
+    )
 
 
 def save(config, tokenizer, folder):
@@ -82,9 +96,7 @@ def end_queries(tokenizer):
 @pytest.fixture(scope="module")
 def folders(demo_model, tmp_path_factory):
     """Return the folders of a random T5 and a random BART, with the tokenizer of demo_model."""
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
-    end_queries(tokenizer)
+    tokenizer = end_queries(AutoTokenizer.from_pretrained(demo_model))
     configs = {"t5": t5_config(tokenizer), "bart": bart_config(tokenizer)}
     place = tmp_path_factory.mktemp("encoder_decoder")
     return {name: save(config, tokenizer, place / name) for name, config in configs.items()}
@@ -97,34 +109,35 @@ def folder(folders, request):
 
 @pytest.fixture(scope="module")
 def make(read_settings, tmp_path_factory):
-    """Return rows, tokenizer, policy and trainer of a folder, as train_rlhf.run makes them."""
+    """Return rows, tokenizer, policy and trainer of a folder, as train_rlhf.load makes them."""
 
     def build(folder, *flags):
         places = ["--model-name", str(folder), "--output-dir", str(tmp_path_factory.mktemp("out"))]
         settings = read_settings(*places, *FLAGS, *flags)
-        device = train_rlhf.join_processes("cpu")
+        device = join_processes("cpu")
         rows = [{"prompt": prompt} for prompt in settings.prompts]
         dtype = "float32" if settings.dtype == "auto" else settings.dtype
-        train_rlhf.silence_libraries()
-        model, tokenizer, rows, _ = train_rlhf.load_model(settings, rows, [], device, dtype)
+        command.silence_libraries()
+        model, tokenizer, rows, _ = models.load_model(settings, rows, [], device, dtype)
         policy = train_rlhf.make_policy(model, tokenizer, settings)
-        trainer = train_rlhf.make_trainer(policy, tokenizer, settings, device, dtype)
-        parts = {"settings": settings, "rows": rows, "tokenizer": tokenizer}
-        return SimpleNamespace(**parts, policy=policy, trainer=trainer)
+        return SimpleNamespace(
+            settings=settings,
+            rows=rows,
+            tokenizer=tokenizer,
+            policy=policy,
+            model=policy.pretrained_model,
+            trainer=train_rlhf.make_trainer(policy, tokenizer, settings, device, dtype),
+        )
 
     return build
 
 
 def respond(built, key=(0, 0, 0)):
-    """Return queries, numbers, responses and texts."""
-    queries = train_rlhf.encode(built.tokenizer, built.rows, False)
-    numbers = train_rlhf.random_numbers(key, queries, built.settings.max_new_tokens)
-    size = built.settings.batch_size
-    return (
-        queries,
-        numbers,
-        *train_rlhf.rollout(built.policy, built.tokenizer, queries, numbers, size),
-    )
+    """Return queries, random numbers, responses and texts."""
+    queries = encode(built.tokenizer, built.rows, False)
+    numbers = random_numbers(key, 3, built.settings.max_new_tokens)
+    responses, texts = sample_responses(built.model, built.tokenizer, queries, numbers, 3)
+    return queries, numbers, responses, texts
 
 
 def take_step(built, key=(0, 0, 0)):
@@ -136,36 +149,26 @@ def take_step(built, key=(0, 0, 0)):
 
 
 def weights_of(built):
-    return {name: each.clone() for name, each in train_rlhf.trained_weights(built.policy).items()}
+    """Return copies of what is trained."""
+    return {name: weight.clone() for name, weight in trained_weights(built.policy).items()}
 
 
 def evaluate(built, queries, responses):
     """Return the logprobs of all tokens at each token of each response, and the values."""
-    inputs, mask = train_rlhf.pad_batch(built.tokenizer, queries, responses, "cpu")
-    inputs["earned"] = (mask.cumsum(1) - mask) / 2.0
+    token_scores = [torch.full((len(response),), 0.5) for response in responses]
+    batch = built.trainer.make_batch(queries, responses, token_scores)
     with torch.no_grad():
-        all_logprobs, values = built.policy(**inputs)
-    rows = zip(all_logprobs, values, mask.bool())
+        all_logprobs, values = built.policy(**batch.inputs)
+    rows = zip(all_logprobs, values, batch.mask.bool())
     return [(logprobs[where], value[where]) for logprobs, value, where in rows]
 
 
 def run_plain(model, query, response):
     """Return a plain model's output for one response to one query, without any padding."""
     start = torch.tensor([model.config.decoder_start_token_id])
-    given = {"input_ids": query[None], "decoder_input_ids": torch.cat([start, response[:-1]])[None]}
+    decoder_ids = torch.cat([start, response[:-1]])[None]
     with torch.no_grad():
-        return model(**given, output_hidden_states=True)
-
-
-def greedy(model, tokenizer):
-    """Return the greedy response to each of the prompts."""
-    texts = []
-    for prompt in PROMPTS:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        with torch.no_grad():
-            ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)
-        texts.append(tokenizer.decode(ids[0]))
-    return texts
+        return model(query[None], decoder_input_ids=decoder_ids, output_hidden_states=True)
 
 
 @pytest.fixture(scope="module")
@@ -174,23 +177,29 @@ def trained(folder, make, tmp_path_factory):
     built = make(folder)
     before = weights_of(built)
     built.metrics = [take_step(built, (0, step, 0)) for step in (1, 2)]
-    built.moved = {
-        name: not torch.equal(each, before[name]) for name, each in weights_of(built).items()
-    }
-    built.queries, built.numbers, built.responses, built.texts = respond(built)
-    built.told = evaluate(built, built.queries, built.responses)
-    both = zip(built.queries, built.responses)
-    built.told_alone = [evaluate(built, [query], [response])[0] for query, response in both]
-    model, built.head = built.policy.pretrained_model, built.policy.v_head.summary
-    built.greedy, built.saved = greedy(model, built.tokenizer), tmp_path_factory.mktemp("saved")
-    train_rlhf.save_model(model, built.tokenizer, built.settings, built.saved)  # merges it
+    after = weights_of(built)
+    built.moved = {name: not torch.equal(after[name], before[name]) for name in before}
+
+    built.queries, built.numbers, built.responses, _ = respond(built)
+    built.together = evaluate(built, built.queries, built.responses)
+    built.alone = []
+    for query, response in zip(built.queries, built.responses):
+        built.alone += evaluate(built, [query], [response])
+
+    built.greedy = greedy(built.model, built.tokenizer, PROMPTS)
+    built.saved = tmp_path_factory.mktemp("saved")
+    models.save_model(built.model, built.tokenizer, built.settings, built.saved)  # merges it
     built.plain = AutoModelForSeq2SeqLM.from_pretrained(built.saved).eval()
     return built
 
 
-# ------------------------------------------------------------------------------------------ rollout
+# -------------------------------------------------------------- rollout
 def test_the_responses_are_those_of_the_plain_model_drawn_by_hand(trained):
-    """Each token is the first up to which its probabilities sum to the token's number."""
+    """Each token is the first up to which its probabilities sum to the token's number.
+
+    In a batch, queries are padded; here each is alone.
+    """
+    assert len({len(query) for query in trained.queries}) == 3
     end_ids = trained.plain.generation_config.eos_token_id
     for query, numbers, response in zip(trained.queries, trained.numbers, trained.responses):
         drawn = []
@@ -204,83 +213,50 @@ def test_the_responses_are_those_of_the_plain_model_drawn_by_hand(trained):
         assert response.tolist() == drawn
 
 
-def test_a_response_is_the_same_alone_and_in_a_batch(make, folder):
-    built = make(folder)
-    queries, numbers, responses, texts = respond(built)
-    assert len({len(query) for query in queries}) == 3
-    for n in range(3):
-        alone = [queries[n]], numbers[n : n + 1]
-        (response,), (text,) = train_rlhf.rollout(built.policy, built.tokenizer, *alone, 1)
-        assert (response.tolist(), text) == (responses[n].tolist(), texts[n])
-
-
 def test_a_response_ends_with_the_end_token_and_has_no_start_token(make, folder):
     built = make(folder, "--temperature", "1", "--max-new-tokens", "40")
-    start, end = built.policy.start_id, built.tokenizer.eos_token_id
-    with torch.no_grad():  # whose bias alone makes the end likely
-        head = built.policy.pretrained_model.get_output_embeddings()
-        forward = head.forward
-        bias = torch.zeros(len(built.tokenizer))
-        bias[end] = 8.0
-        head.forward = lambda hidden: forward(hidden) + bias
+    start = built.model.generation_config.decoder_start_token_id
+    end = built.tokenizer.eos_token_id
+
+    def make_the_end_likely(module, inputs, logits):
+        logits[..., end] += 8.0
+
+    built.model.get_output_embeddings().register_forward_hook(make_the_end_likely)
     _, _, responses, texts = respond(built)
-    assert all(len(response) < 40 and response[-1] == end for response in responses)
     for response, text in zip(responses, texts):
+        assert len(response) < 40 and response[-1] == end
         assert end not in response[:-1] and (start == end or response[0] != start)
         assert text == "" or re.match(r" \S", text)
 
 
-# ----------------------------------------------------------------------------------------- the texts
-def test_a_response_is_a_text_of_its_own(make, folders):
-    built = make(folders["t5"])
-    (query,) = train_rlhf.encode(built.tokenizer, [{"prompt": "I feel so"}], False)
-    assert query[-1] == built.tokenizer.eos_token_id
-    ids = built.tokenizer(" happy and glad", add_special_tokens=False)["input_ids"]
-    response = torch.tensor([*ids, built.tokenizer.eos_token_id])
-    for row in (response, response[:-1]):
-        (text,) = train_rlhf.texts_of(built.tokenizer, query, [row])
-        assert text == " happy and glad"
-    assert train_rlhf.texts_of(built.tokenizer, query, [response[:0], response[-1:]]) == ["", ""]
-    reward = train_rlhf.positive_word_reward
-    assert reward(["I feel so"], [text], ["happy"]) == [1.0]  # though the prompt ends in a letter
-    assert reward(["I feel so"], [text.lstrip()], ["happy"]) == [-1.0]  # which would prolong it
-
-
-def test_the_scores_of_the_tokens_sum_up(make, folders):
+def test_the_scores_of_the_tokens_sum_up(make, make_learner, folders):
     built = make(folders["bart"])
-    queries, _, responses, texts = respond(built)
-
-    def reward(rows, texts):
-        return [float(len(text)) for text in texts]
-
-    scale, rows = train_rlhf.AS_IT_IS, built.rows
-    asked = reward, scale, built.tokenizer, rows, queries, responses, True
-    scores, token_scores = train_rlhf.score_responses(*asked)
-    assert scores == [len(text) for text in texts]
-    assert [each.sum().item() for each in token_scores] == scores
-    assert [len(each) for each in token_scores] == [len(each) for each in responses]
+    learner = make_learner(built, lambda rows, texts: [float(len(text)) for text in texts])
+    numbers = random_numbers((0, 0, 0), 3, built.settings.max_new_tokens)
+    rollout = train_rlhf.sample_and_score(built.rows, numbers, learner)
+    assert rollout.scores == [len(text) for text in rollout.texts]
+    assert [earned.sum().item() for earned in rollout.token_scores] == rollout.scores
+    assert [*map(len, rollout.token_scores)] == [*map(len, rollout.responses)]
 
 
-# --------------------------------------------------------------------------------------- the policy
-def test_logprobs_are_those_of_the_plain_model_whatever_the_padding(trained):
-    told = zip(trained.queries, trained.responses, trained.told, trained.told_alone)
-    for query, response, (logprobs, _), (alone, _) in told:
-        logits = run_plain(trained.plain, query, response).logits[0] / TEMPERATURE
-        wanted = torch.log_softmax(logits, dim=-1)
+# ----------------------------------------------------------- the policy
+def test_logprobs_and_values_are_those_of_the_plain_model_whatever_the_padding(trained):
+    """A value is linear in the decoder's state and in what was earned."""
+    head = trained.policy.v_head.summary
+    rows = zip(trained.queries, trained.responses, trained.together, trained.alone)
+    for query, response, (logprobs, values), (logprobs_alone, values_alone) in rows:
+        output = run_plain(trained.plain, query, response)
+        wanted = torch.log_softmax(output.logits[0] / TEMPERATURE, dim=-1)
         assert torch.allclose(logprobs, wanted, atol=1e-4)
-        assert torch.allclose(logprobs, alone, atol=1e-5)
+        assert torch.allclose(logprobs, logprobs_alone, atol=1e-5)
 
-
-def test_values_are_linear_in_the_decoders_states_and_in_what_was_earned(trained):
-    told = zip(trained.queries, trained.responses, trained.told, trained.told_alone)
-    for query, response, (_, values), (_, alone) in told:
-        states = run_plain(trained.plain, query, response).decoder_hidden_states[-1][0]
         with torch.no_grad():
-            constant, slope = (states @ trained.head.weight.T + trained.head.bias).unbind(-1)
+            states = output.decoder_hidden_states[-1][0]
+            constant, slope = (states @ head.weight.T + head.bias).unbind(-1)
         wanted = constant + slope * torch.arange(len(response)) / 2
         assert values.abs().max() > 1e-4  # it has learned something
         assert torch.allclose(values, wanted, atol=1e-4)
-        assert torch.allclose(values, alone, atol=1e-5)
+        assert torch.allclose(values, values_alone, atol=1e-5)
 
 
 def test_two_steps_begin_at_the_base_model_and_move_the_weights(trained):
@@ -294,24 +270,13 @@ def test_two_steps_begin_at_the_base_model_and_move_the_weights(trained):
 
 
 def test_gradient_checkpointing_takes_the_same_step(make, folder):
-    built, other = make(folder, *ONE_UPDATE), make(folder, *ONE_UPDATE, "--gradient-checkpointing")
-    for each in (built, other):
-        take_step(each)
-    ours, theirs = weights_of(built), weights_of(other)
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
-
-
-def test_a_batch_in_small_parts_has_the_same_kls(make, folder):
-    whole, parts = make(folder, *ONE_UPDATE), make(folder, *ONE_UPDATE, "--mini-batch-size", "1")
-    take_step(whole)
-    with torch.no_grad():
-        for name, weight in train_rlhf.trained_weights(parts.policy).items():
-            weight.copy_(train_rlhf.trained_weights(whole.policy)[name])
-    queries, _, responses, _ = respond(whole)
-    scores = [torch.ones(len(response)) for response in responses]
-    ours, theirs = (each.trainer.step(queries, responses, scores)[1] for each in (whole, parts))
-    assert min(ours) > 1e-4
-    assert theirs == pytest.approx(ours, rel=1e-3)
+    weights = []
+    for flags in ([], ["--gradient-checkpointing"]):
+        built = make(folder, *ONE_UPDATE, *flags)
+        take_step(built)
+        weights.append(weights_of(built))
+    plain, checkpointed = weights
+    assert all(torch.allclose(checkpointed[name], plain[name], atol=1e-6) for name in plain)
 
 
 @pytest.mark.parametrize("flags", [["--quantization", "8bit"], ["--dtype", "bfloat16"]])
@@ -319,20 +284,19 @@ def test_a_step_with_smaller_weights(make, folders, tmp_path, flags):
     built = make(folders["t5"], *flags)
     before = weights_of(built)
     assert take_step(built)["skipped_updates"] == 0
-    assert not all(torch.equal(before[name], each) for name, each in weights_of(built).items())
-    train_rlhf.save_model(
-        built.policy.pretrained_model, built.tokenizer, built.settings, tmp_path / "saved"
-    )
-    saved = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "saved")
+    after = weights_of(built)
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+    models.save_model(built.model, built.tokenizer, built.settings, tmp_path)
+    saved = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert not getattr(saved, "is_quantized", False)
-    assert len(greedy(saved, built.tokenizer)) == 3
+    assert len(greedy(saved, built.tokenizer, PROMPTS)) == 3
 
 
-# -------------------------------------------------------------------------------------- what is saved
+# -------------------------------------------------------- what is saved
 def test_the_saved_model_says_the_same(trained):
     tokenizer = AutoTokenizer.from_pretrained(trained.saved)
     assert tokenizer.padding_side == "right"
-    assert greedy(trained.plain, tokenizer) == trained.greedy
+    assert greedy(trained.plain, tokenizer, PROMPTS) == trained.greedy
 
 
 def test_the_adapter_loads_with_peft(trained, folder):
@@ -346,7 +310,7 @@ def test_the_adapter_loads_with_peft(trained, folder):
     assert torch.allclose(run_plain(adapted, query, response).logits, wanted, atol=1e-4)
 
 
-# -------------------------------------------------------------------------------------- a whole run
+# ---------------------------------------------------------- a whole run
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """Return a run of a T5 of 63 words, three of which are wanted, and one that goes on with it."""
@@ -358,11 +322,11 @@ def learned(tmp_path_factory):
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer = end_queries(PreTrainedTokenizerFast(tokenizer_object=words, **special))
     save(t5_config(tokenizer), tokenizer, place / "t5")
-    flags = ["--model-name", place / "t5", "--output-dir", place / "out", "--device", "cpu"]
-    flags += ["--prompts", "ba", "de di", "fi", "--eval-prompts", "--eval-samples", "60"]
+    flags = ["--model-name", str(place / "t5"), "--output-dir", str(place / "out")]
+    flags += ["--device", "cpu", "--prompts", "ba", "de di", "fi", "--eval-prompts"]
     flags += ["--positive-words", "mo", "ni", "pe", "--max-new-tokens", "4", "--batch-size", "12"]
     flags += ["--target-approx-kl", "0.02", "--learning-rate", "0.01", "--kl-coef", "0.02"]
-    flags = [*map(str, flags)]
+    flags += ["--eval-samples", "60"]
     with contextlib.redirect_stdout(io.StringIO()) as screen:
         assert train_rlhf.main([*flags, "--training-epochs", "40"]) == 0
         assert train_rlhf.main([*flags, "--training-epochs", "60", "--resume"]) == 0
@@ -371,7 +335,7 @@ def learned(tmp_path_factory):
 
 
 def test_a_random_t5_learns_a_rule_and_goes_on(learned):
-    base, trained = (learned.report[model]["train_prompts"] for model in ("base", "trained"))
+    base, trained = (learned.report[name]["train_prompts"] for name in ("base", "trained"))
     assert base["success_rate"] < 0.3
     assert trained["success_rate"] > 0.8
     assert "going on after step 10\n" in learned.screen
@@ -390,14 +354,13 @@ def test_screen_and_card_tell_how_to_load_it(learned, monkeypatch):
         assert names["model"].config.is_encoder_decoder
 
 
-# ------------------------------------------------------------------------------- the other scripts
+# ---------------------------------------------------- the other scripts
 @pytest.mark.parametrize("script", [train_sft, make_instructions], ids=lambda each: each.__name__)
 def test_what_continues_texts_is_refused_one(script, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "I am happy."}\n{"text": "I am sad."}\n')
     flags = ["--data", "rows.jsonl"] if script is train_sft else []
-    assert script.main(["--model-name", str(folder), "--device", "cpu", *flags]) == 2
-    first, line = capsys.readouterr().err.splitlines()
-    assert first == "Nothing was started or changed:"
-    assert line.startswith(f"- MODEL_NAME is {train_rlhf.shorten(folder)}: it can't be used (")
+    status = script.main(["--model-name", str(folder), "--device", "cpu", *flags])
+    (problem,) = refusals(status, capsys.readouterr().err)
+    assert problem.startswith(f"MODEL_NAME is {shorten(folder)}: it can't be used (")
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}

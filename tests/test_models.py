@@ -1,18 +1,23 @@
 """The families of models that people will name: random small ones, each through a whole run.
 
 Their weights are large, so that probabilities are far from uniform and a slip in masks, positions or
-weights shows.
+weights shows. All families have their turn where CI_FULL is set, else a few that differ most.
 """
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import greedy, read_metrics, refusals
 from safetensors.torch import load_file
-from test_policy import evaluate
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +27,14 @@ from transformers import (
 )
 
 import train_rlhf
+from finetune import evaluation
+from finetune.checkpoint import read_checkpoint, trained_weights
+from finetune.models import check_padding
+from finetune.processes import random_numbers
+from finetune.sampling import sample_responses
 
+FULL = bool(os.environ.get("CI_FULL"))
+PART = slice(None) if FULL else slice(1)  # of families that go through the same
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -72,6 +84,7 @@ FAMILIES = {  # the kind of model, unless it is the name itself, and its sizes b
     # Its config has a start token for decoders, though it has no encoder.
     "xglm": {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4},
 }
+FEW = ["qwen3", "gemma2", "mixtral", "lfm2", "gpt2"]
 REFUSED = {
     "gemma3": {  # with eyes
         "text_config": {"vocab_size": 2000, "head_dim": 8, **SIZES},
@@ -95,19 +108,21 @@ PROMPTS = ["Life", "I'm feeling as if I could do it all", "My", "Today I am very
 ANSWERS = ["is good", "and so", "day was long and I am so very tired of it all", "so are you"]
 
 
-def make_model(kind, tokenizer, sizes):
-    """Return a random model of that kind whose weights are large."""
-    ids = {
-        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
-    }
-    sizes = {name: size for name, size in sizes.items() if name != "kind"}
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **{**SIZES, **ids, **sizes})
+def save_model_of(family, tokenizer, folder):
+    """Save a random model of a family, whose weights are large, and a tokenizer into a folder."""
+    sizes = SIZES | {**FAMILIES, **REFUSED}[family]
+    kind = sizes.pop("kind", family)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        sizes[name] = getattr(tokenizer, name)
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes)
     model = AutoModelForCausalLM.from_config(config)
     torch.manual_seed(0)
     for weight in model.parameters():
         noise = torch.randn_like(weight)
         weight.data = noise * 0.3 if weight.dim() > 1 else weight.data + noise * 0.1
-    return model
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def make_settings(read_settings, folder, *flags):
@@ -116,11 +131,20 @@ def make_settings(read_settings, folder, *flags):
     return read_settings(*places, *RUN, *flags)
 
 
+def train(settings, *flags):
+    """Do a whole run in this process, but for its picture; return the metrics of its steps."""
+    places = ["--model-name", settings.model_name, "--output-dir", settings.output_dir]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "draw", lambda *measured: measured[-1].touch())
+        assert train_rlhf.main([*places, *RUN, *flags]) == 0
+    return read_metrics(Path(settings.output_dir))
+
+
 def take_up(build, settings):
     """Build the policy of a run, and put it to the checkpoint that the run left."""
     built = build(settings)
-    state = train_rlhf.read_checkpoint(settings.output_dir)
-    for name, weight in train_rlhf.trained_weights(built.policy).items():
+    state = read_checkpoint(settings.output_dir)
+    for name, weight in trained_weights(built.policy).items():
         weight.copy_(state["weights"][name])
     return built
 
@@ -130,29 +154,11 @@ def demo_tokenizer(demo_model):
     return AutoTokenizer.from_pretrained(demo_model)
 
 
-def save_random_model(family, tokenizer, folder):
-    """Save a random model of a family, and a tokenizer, into a folder."""
-    sizes = {**FAMILIES, **REFUSED}[family]
-    make_model(sizes.get("kind", family), tokenizer, sizes).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def train(settings, *flags):
-    """Do a whole run in this process, but for its picture; return the metrics of its steps."""
-    places = ["--model-name", settings.model_name, "--output-dir", settings.output_dir]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_rlhf, "draw", lambda *measured: measured[-1].touch())
-        assert train_rlhf.main([*places, *RUN, *flags]) == 0
-    lines = Path(settings.output_dir, "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES if FULL else FEW)
 def trained(request, demo_tokenizer, build, read_settings, tmp_path_factory):
     """Return what a run of two steps leaves of a model of each family, and its policy."""
     place = tmp_path_factory.mktemp(request.param)
-    folder = save_random_model(request.param, demo_tokenizer, place / "model")
+    folder = save_model_of(request.param, demo_tokenizer, place / "model")
     settings = make_settings(read_settings, folder)
     metrics, built = train(settings), take_up(build, settings)
     return SimpleNamespace(folder=folder, output=place / "trained", metrics=metrics, built=built)
@@ -162,17 +168,26 @@ def encode(tokenizer, texts):
     return [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
 
 
-def greedy(model, tokenizer, prompts):
-    """Return the likeliest continuations and the logits at their first tokens."""
-    texts, logits = [], []
-    for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        options = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": tokenizer.pad_token_id}
-        with torch.no_grad():
-            ids = model.generate(**inputs, **options)
-            logits.append(model(**inputs).logits[0, -1])
-        texts.append(tokenizer.decode(ids[0]))
-    return texts, torch.stack(logits)
+def make_batch(built, queries, responses):
+    """Return responses as a batch, each token of which earns 1."""
+    token_scores = [torch.ones(len(response)) for response in responses]
+    return built.trainer.make_batch(queries, responses, token_scores)
+
+
+def evaluate(built, queries, responses):
+    """Return all logprobs and values of each response, of padded ones in a batch."""
+    batch = make_batch(built, queries, responses)
+    with torch.no_grad():
+        all_logprobs, values = built.policy(**batch.inputs)
+    rows = zip(all_logprobs, values, batch.mask.bool())
+    return [(logprobs[where], value[where]) for logprobs, value, where in rows]
+
+
+def next_logits(model, tokenizer):
+    """Return the logits of the token after each prompt, (prompts, vocabulary)."""
+    with torch.no_grad():
+        logits = [model(query[None]).logits[0, -1] for query in encode(tokenizer, PROMPTS)]
+    return torch.stack(logits)
 
 
 # ------------------------------------------------------------------------------ each of the families
@@ -185,33 +200,30 @@ def test_two_steps_start_at_the_base_model_and_train_every_part_of_the_adapter(t
     assert first["entropy"] < 7.3  # of 7.4, the logarithm of the vocabulary: far from uniform
     report = json.loads((trained.output / "report.json").read_text())
     assert report["base"]["train_prompts"]["kl"] == 0 < report["trained"]["train_prompts"]["kl"]
-    weights = train_rlhf.trained_weights(trained.built.policy)
+    weights = trained_weights(trained.built.policy)
     assert [name for name, weight in weights.items() if not weight.any()] == []
     assert sum("lora_B" in name for name in weights) >= 4
 
 
 def test_the_saved_model_says_the_same_in_plain_transformers(trained):
-    built = trained.built
-    before, logits = greedy(built.policy.pretrained_model, built.tokenizer, PROMPTS)
-    tokenizer = AutoTokenizer.from_pretrained(trained.output)
-    model = AutoModelForCausalLM.from_pretrained(trained.output)
-    after, saved_logits = greedy(model, tokenizer, PROMPTS)
-    assert after == before
-    torch.testing.assert_close(saved_logits, logits, atol=1e-4, rtol=0)
+    policy, tokenizer = trained.built.policy.pretrained_model, trained.built.tokenizer
+    saved_tokenizer = AutoTokenizer.from_pretrained(trained.output)
+    saved = AutoModelForCausalLM.from_pretrained(trained.output)
+    assert greedy(saved, saved_tokenizer, PROMPTS) == greedy(policy, tokenizer, PROMPTS)
+    logits = next_logits(policy, tokenizer)
+    torch.testing.assert_close(next_logits(saved, saved_tokenizer), logits, atol=1e-4, rtol=0)
     base = AutoModelForCausalLM.from_pretrained(trained.folder)
-    assert (greedy(base, tokenizer, PROMPTS)[1] - logits).abs().max() > 1e-2
+    assert (next_logits(base, tokenizer) - logits).abs().max() > 1e-2
 
 
 def test_the_saved_weights_are_those_of_the_base_model_by_name_shape_and_ties(trained):
     options = {"output_loading_info": True}
     model, loading = AutoModelForCausalLM.from_pretrained(trained.output, **options)
     assert not any(loading.values())
-    base, saved = (
-        load_file(folder / "model.safetensors") for folder in (trained.folder, trained.output)
-    )
-    assert {name: weight.shape for name, weight in saved.items()} == {
-        name: weight.shape for name, weight in base.items()
-    }
+    base = load_file(trained.folder / "model.safetensors")
+    saved = load_file(trained.output / "model.safetensors")
+    shapes, wanted = ({name: each[name].shape for name in each} for each in (saved, base))
+    assert shapes == wanted
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert tied == model.config.tie_word_embeddings
     changed = {name for name, weight in saved.items() if not torch.equal(weight, base[name])}
@@ -228,20 +240,20 @@ def test_padding_changes_no_log_probability_and_no_value(trained):
         assert values.any()
 
 
-def test_a_response_is_the_same_in_any_batch(trained, roll_out):
+def test_a_response_is_the_same_in_any_batch(trained):
     """And it is the one that the policy's own probabilities give with its random numbers."""
     built = trained.built
     queries = encode(built.tokenizer, PROMPTS)
-    numbers = train_rlhf.random_numbers((0, 0, 0), queries, built.settings.max_new_tokens)
-    responses, alone = (
-        train_rlhf.rollout(built.policy, built.tokenizer, queries, numbers, size)[0]
-        for size in (len(queries), 1)
-    )
+    numbers = random_numbers((0, 0, 0), len(queries), built.settings.max_new_tokens)
+    model = built.policy.pretrained_model
+    responses, _ = sample_responses(model, built.tokenizer, queries, numbers, batch_size=4)
+    alone, _ = sample_responses(model, built.tokenizer, queries, numbers, batch_size=1)
     assert [each.tolist() for each in responses] == [each.tolist() for each in alone]
     for query, response, own in zip(queries, responses, numbers):
         ((logprobs, _),) = evaluate(built, [query], [response])
-        ends = logprobs.double().exp().cumsum(-1).gather(-1, response[:, None])[:, 0]
-        starts = ends - logprobs.double().exp().gather(-1, response[:, None])[:, 0]
+        chances, tokens = logprobs.double().exp(), response[:, None]
+        ends = chances.cumsum(-1).gather(-1, tokens)[:, 0]
+        starts = ends - chances.gather(-1, tokens)[:, 0]
         own = own[: len(response)]
         assert (starts - 1e-4 < own).all() and (own < ends + 1e-4).all()
 
@@ -250,10 +262,10 @@ def test_gradient_checkpointing_changes_no_gradient(trained, build, read_setting
     forgetful = make_settings(read_settings, trained.folder, "--gradient-checkpointing")
     built = trained.built
     queries, responses = (encode(built.tokenizer, texts) for texts in (PROMPTS, ANSWERS))
-    inputs, mask = train_rlhf.pad_batch(built.tokenizer, queries, responses, torch.device("cpu"))
+    batch = make_batch(built, queries, responses)
     gradients = []
     for policy in (built.policy, take_up(build, forgetful).policy):
-        all_logprobs, values = policy(**inputs, earned=mask.float())
+        all_logprobs, values = policy(**batch.inputs)
         (all_logprobs.exp().square().sum() + values.sum()).backward()
         named = policy.named_parameters()
         gradients.append({name: each.grad for name, each in named if each.requires_grad})
@@ -266,16 +278,16 @@ def test_gradient_checkpointing_changes_no_gradient(trained, build, read_setting
 # ------------------------------------------------------------------------------- some of them in other ways
 def chances(model, tokenizer):
     """Return the probabilities of the token after each prompt."""
-    return torch.softmax(greedy(model, tokenizer, PROMPTS)[1].float(), dim=-1)
+    return torch.softmax(next_logits(model, tokenizer).float(), dim=-1)
 
 
 @pytest.fixture
 def random_model(demo_tokenizer, tmp_path):
     """Save a random model of a family and return its folder."""
-    return lambda family: save_random_model(family, demo_tokenizer, tmp_path / "model")
+    return lambda family: save_model_of(family, demo_tokenizer, tmp_path / "model")
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"][PART])
 def test_a_run_with_weights_in_16_bits(random_model, build, read_settings, family):
     flags = ["--dtype", "bfloat16"]
     settings = make_settings(read_settings, random_model(family), *flags)
@@ -284,13 +296,12 @@ def test_a_run_with_weights_in_16_bits(random_model, build, read_settings, famil
     built = take_up(build, settings)
     model = AutoModelForCausalLM.from_pretrained(settings.output_dir)
     assert model.dtype == torch.bfloat16
-    distance = chances(model, built.tokenizer) - chances(
-        built.policy.pretrained_model, built.tokenizer
-    )
+    trained = chances(built.policy.pretrained_model, built.tokenizer)
+    distance = chances(model, built.tokenizer) - trained
     assert distance.abs().sum(-1).max() / 2 < 0.02
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt_neox"][PART])
 def test_a_run_with_weights_in_8_bits(random_model, build, read_settings, family):
     flags = ["--quantization", "8bit", "--learning-rate", "0.02"]
     settings = make_settings(read_settings, random_model(family), *flags)
@@ -307,54 +318,18 @@ def test_a_run_with_weights_in_8_bits(random_model, build, read_settings, family
     assert learned > 4 * lost
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
-def test_a_run_that_goes_on_is_the_undisturbed_run(random_model, read_settings, family):
-    settings = make_settings(read_settings, random_model(family))
-    steady = ["--ppo-epochs", "1", "--target-approx-kl", "0"]  # whatever the number of steps
-    found = []
-    for flags in ([], ["--training-epochs", "0.6"], ["--resume"]):
-        found.append(train(settings, *steady, *flags))
-        for step in found[-1]:
-            del step["seconds"]
-    undisturbed, first_step, resumed = found
-    assert resumed == undisturbed and first_step == undisturbed[:1]
-    assert len(undisturbed) == 2 and undisturbed[1]["kl"] > 0
+def test_a_run_with_a_tokenizer_as_that_of_gpt2(build, read_settings, tmp_path):
+    """Of bytes, a space before a word in its token, without start token, or a pad to spare."""
+    bytes_alone = Tokenizer(BPE())
+    bytes_alone.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    bytes_alone.decoder = ByteLevelDecoder()
+    alphabet = ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
+    bytes_alone.train_from_iterator([*PROMPTS, *ANSWERS], trainer)
+    ends = {"bos_token": "<end>", "eos_token": "<end>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_alone, **ends)
 
-
-def byte_level():
-    """Return a tokenizer as GPT-2's: of bytes, a space before a word in its token, no start token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
-    )
-    tokenizer.train_from_iterator([*PROMPTS, *ANSWERS], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-    )
-
-
-def sentence_piece():
-    """Return a tokenizer as SentencePiece's: unigrams, with a mark before each word and a start token."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>")
-    tokenizer.train_from_iterator([*PROMPTS, *ANSWERS] * 3, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
-    names = dict(zip(("unk_token", "bos_token", "eos_token"), special))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
-@pytest.mark.parametrize("make", [byte_level, sentence_piece])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_run_with_another_kind_of_tokenizer(build, read_settings, tmp_path, make, family):
-    tokenizer = make()
-    folder = save_random_model(family, tokenizer, tmp_path / "model")
-    settings = make_settings(read_settings, folder)
+    settings = make_settings(read_settings, save_model_of("gpt2", tokenizer, tmp_path / "model"))
     first, second = train(settings)
     assert first["kl"] == 0 < second["kl"]
     built = take_up(build, settings)
@@ -363,14 +338,7 @@ def test_a_run_with_another_kind_of_tokenizer(build, read_settings, tmp_path, ma
     for text in PROMPTS:
         assert saved(text)["input_ids"] == tokenizer(text)["input_ids"]
     policy = built.policy.pretrained_model
-    assert greedy(model, saved, PROMPTS)[0] == greedy(policy, built.tokenizer, PROMPTS)[0]
-
-
-def test_the_context_of_a_model_whose_text_has_a_config_of_its_own(tmp_path):
-    """Qwen 3.5 is loaded without its eyes."""
-    text = {"max_position_embeddings": 64}
-    AutoConfig.for_model("qwen3_5", text_config=text).save_pretrained(tmp_path)
-    assert train_rlhf.context_of(tmp_path) == 64
+    assert greedy(model, saved, PROMPTS) == greedy(policy, built.tokenizer, PROMPTS)
 
 
 # ------------------------------------------------------------------------------ those that are refused
@@ -380,30 +348,29 @@ def refused(call_main, tmp_path, capfd):
 
     def call(*flags):
         capfd.readouterr()  # what was said where the model was made
-        assert call_main("--model-name", "model", *RUN, *flags) == 2
-        first, line = capfd.readouterr().err.splitlines()
-        assert first == "Nothing was started or changed:"
+        status = call_main("--model-name", "model", *RUN, *flags)
+        (line,) = refusals(status, capfd.readouterr().err)
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
-        return line.removeprefix("- ")
+        return line
 
     return call
 
 
 NO_HEAD = "The model does not have a language model head, please use a model that has one"
 LEAKS = "padding, or what follows, changes its probabilities"
+REFUSALS = [
+    ("gemma3", "it takes pictures or sound too"),
+    ("rwkv", NO_HEAD),
+    ("recurrent_gemma", LEAKS),  # what it remembers has the padding in it
+]
+MORE_REFUSALS = [
+    ("bert", NO_HEAD),
+    ("roberta", LEAKS),  # each token sees those after it
+    ("minimax", LEAKS),  # what it remembers where it goes on
+]
 
 
-@pytest.mark.parametrize(
-    ("family", "reason"),
-    [
-        ("gemma3", "it takes pictures or sound too"),
-        ("bert", NO_HEAD),
-        ("rwkv", NO_HEAD),
-        ("roberta", LEAKS),  # each token sees those after it
-        ("recurrent_gemma", LEAKS),  # what it remembers has the padding in it
-        ("minimax", LEAKS),  # what it remembers where it goes on
-    ],
-)
+@pytest.mark.parametrize(("family", "reason"), REFUSALS + MORE_REFUSALS * FULL)
 def test_a_family_that_ppo_can_not_train_as_it_is(random_model, refused, family, reason):
     random_model(family)
     remedy = "name a model of another family, as Llama"
@@ -438,35 +405,29 @@ def test_a_model_that_is_quantized_already(random_model, refused, tmp_path):
     assert refused() == f"MODEL_NAME is model: it can't be used ({reason}): {REMEDY}"
 
 
-def without_positions(policy):
-    policy.takes_positions = False
+def with_padding(function):
+    """Let a function see the padding."""
+
+    def see_all(input_ids, attention_mask, **others):
+        mask = torch.ones_like(attention_mask)
+        return function(input_ids=input_ids, attention_mask=mask, **others)
+
+    return see_all
 
 
-def without_mask(policy):
-    forward = policy.forward
-    policy.forward = lambda input_ids, attention_mask, earned: forward(
-        input_ids, torch.ones_like(attention_mask), earned
-    )
-
-
-def without_mask_in_generation(policy):
-    generate = policy.pretrained_model.generate
-    policy.pretrained_model.generate = lambda input_ids, attention_mask, **options: generate(
-        input_ids=input_ids, attention_mask=torch.ones_like(attention_mask), **options
-    )
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [["--dtype", "float32"], ["--dtype", "bfloat16"], ["--temperature", "100"]],
-    ids=lambda flags: flags[-1],
-)
-@pytest.mark.parametrize("spoil", [without_positions, without_mask, without_mask_in_generation])
+@pytest.mark.parametrize("flag", ["--dtype float32", "--dtype bfloat16", "--temperature 100"])
 def test_a_slip_in_positions_or_masks_is_seen_before_anything_is_trained(
-    random_model, build, read_settings, spoil, flags
+    random_model, build, read_settings, flag
 ):
-    built = build(make_settings(read_settings, random_model("gpt2"), *flags))
-    train_rlhf.try_policy(built.policy, built.tokenizer)
-    spoil(built.policy)
-    with pytest.raises(ValueError, match="padding, or what follows"):
-        train_rlhf.try_policy(built.policy, built.tokenizer)
+    built = build(make_settings(read_settings, random_model("gpt2"), *flag.split()))
+    policy, model = built.policy, built.policy.pretrained_model
+    check_padding(model, policy, built.tokenizer)
+    for part, name, slip in (
+        (policy, "takes_positions", False),
+        (policy, "forward", with_padding(policy.forward)),
+        (model, "generate", with_padding(model.generate)),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(part, name, slip)
+            with pytest.raises(ValueError, match="padding, or what follows"):
+                check_padding(model, policy, built.tokenizer)

@@ -1,19 +1,22 @@
-"""What REPORT_TO sends to TensorBoard, Weights & Biases (offline) and Trackio, and what it must not do."""
+"""What REPORT_TO sends to TensorBoard, Weights & Biases (offline) and Trackio, and how it fails."""
 
 import json
-import math
 import os
 import re
 import signal
 import sqlite3
 import struct
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
 import train_rlhf
+from finetune.errors import RunError
+from finetune.processes import join_processes
+from finetune.trackers import Trackers
 
 ALL = ["tensorboard", "wandb", "trackio"]
 SHORT = ["--device", "cpu", "--batch-size", "2", "--max-new-tokens", "5", "--log-every", "2"]
@@ -31,10 +34,10 @@ def read_lines(path):
 @pytest.fixture(scope="module", autouse=True)
 def joined():
     """Give accelerate its state, as a run does before anything else."""
-    train_rlhf.join_processes("cpu")
+    join_processes("cpu")
 
 
-# ------------------------------------------------------------------------- what each has been told
+# -------------------------------------------------------------- what each has been told
 def read_tensorboard(folder):
     """Return {step: {name: value}}."""
     name = "tensorboard.backend.event_processing.event_accumulator"
@@ -73,21 +76,35 @@ def read_wandb(run):
     return records
 
 
-def read_trackio(folder):
-    """Return a list of runs, oldest first, each of them [(step, {name: value})]."""
-    with sqlite3.connect(folder / "train_rlhf.db") as database:
+def read_trackio(folder, project="train_rlhf"):
+    """Return a list of runs, oldest first, each of them {step: {name: value}}."""
+    with sqlite3.connect(folder / f"{project}.db") as database:
         rows = [*database.execute("select run_id, step, metrics from metrics order by id")]
     runs = {}
     for run, step, metrics in rows:
-        runs.setdefault(run, []).append((step, json.loads(metrics)))
+        assert step not in runs.setdefault(run, {})  # none twice
+        runs[run][step] = json.loads(metrics)
     return [*runs.values()]
 
 
-def assert_told(record, found, exactly=True):
-    """Check that a record of metrics.jsonl is among what was found."""
-    for name, value in record.items():
-        wanted = value if exactly else pytest.approx(value, rel=1e-5)
-        assert found.get(name, found.get(f"__{name}")) == wanted, name  # trackio has its own step
+def assert_told(folder, **records):
+    """Check that each tracker has every metric of every step of the run in a folder.
+
+    records: {step: {name: value}} by the name of the tracker, besides TensorBoard's.
+    """
+    metrics = read_lines(folder / "metrics.jsonl")
+    steps = [record["step"] for record in metrics]
+    records["tensorboard"] = read_tensorboard(folder)
+    for tracker, told in records.items():
+        assert [*told] == steps
+        for record in metrics:
+            values = told[record["step"]]
+            for name, value in record.items():
+                # TensorBoard's numbers are float32.
+                if tracker == "tensorboard" and value is not None:
+                    value = pytest.approx(value, rel=1e-5)
+                # Trackio has its own step.
+                assert values.get(name, values.get(f"__{name}")) == value, name
 
 
 @pytest.fixture(scope="module")
@@ -119,34 +136,29 @@ def runs(start, demo_model):
     return SimpleNamespace(cwd=stopped.cwd, stopped=stopped, resumed=resumed, fresh=fresh)
 
 
-# -------------------------------------------------------------------------------------- what arrives
+# ------------------------------------------------------------------------- what arrives
 def test_each_gets_every_metric_of_every_step(runs):
-    folder = runs.fresh.folder
-    metrics = read_lines(folder / "metrics.jsonl")
-    assert [record["step"] for record in metrics] == STEPS
-    tensorboard, (offline_run,) = read_tensorboard(folder), folder.glob("wandb/offline-run-*")
-    wandb, trackio = read_wandb(offline_run), read_trackio(runs.cwd / "trackio's")[-1]
-    assert [*tensorboard] == [*wandb] == [step for step, _ in trackio] == STEPS
-    for record, (step, found) in zip(metrics, trackio):
-        assert_told(record, found)
-        assert_told(record, wandb[step])
-        assert_told(record, tensorboard[step], exactly=False)
+    (offline_run,) = runs.fresh.folder.glob("wandb/offline-run-*")
+    trackio = read_trackio(runs.cwd / "trackio's")[-1]
+    assert [*trackio] == STEPS
+    assert_told(runs.fresh.folder, wandb=read_wandb(offline_run), trackio=trackio)
 
 
 def test_the_samples_of_a_step_that_is_shown_are_a_table(runs):
     folder, tables = runs.fresh.folder, {}
-    samples = [[*each.values()] for each in read_lines(folder / "samples.jsonl")]
-    wanted = {step: [each for each in samples if each[0] == step] for step in SHOWN}
+    samples = [[*sample.values()] for sample in read_lines(folder / "samples.jsonl")]
+    wanted = {step: [sample for sample in samples if sample[0] == step] for step in SHOWN}
     for path in folder.glob("wandb/offline-run-*/files/media/table/*.json"):
         table = json.loads(path.read_text(encoding="utf-8"))
         assert table["columns"] == COLUMNS
         tables[table["data"][0][0]] = table["data"]
     assert tables == wanted
     told = read_trackio(runs.cwd / "trackio's")[-1]
-    tables = {step: each["responses"]["_value"] for step, each in told if "responses" in each}
-    assert [*next(iter(tables.values()))[0]] == COLUMNS
-    tables = {step: [[*row.values()] for row in table] for step, table in tables.items()}
-    assert tables == wanted
+    tables = {
+        step: told[step]["responses"]["_value"] for step in STEPS if "responses" in told[step]
+    }
+    assert [*tables[2][0]] == COLUMNS
+    assert {step: [[*row.values()] for row in tables[step]] for step in tables} == wanted
 
 
 def test_the_settings_are_told(runs):
@@ -171,7 +183,20 @@ def test_nothing_of_them_is_on_the_screen_or_beside_the_run(runs, start, demo_mo
     assert more == {path.name for path in plain.folder.iterdir()} | {"tensorboard", "wandb"}
 
 
-# ------------------------------------------------------------------------------------- several runs
+def test_a_stage_tells_its_metrics_under_its_own_name(start, demo_model, tmp_path):
+    rows = [{"text": f"Today I am happy number {n}."} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--model-name", demo_model, "--data", "rows.jsonl", "--output-dir", "trained_model"]
+    flags += ["--device", "cpu", "--batch-size", "4", "--training-epochs", "1"]
+    flags += ["--report-to", "tensorboard", "trackio"]
+    done = start(*flags, cwd=tmp_path, script="train_sft")
+    assert (done.status, done.stderr) == (0, "")
+    (trackio,) = read_trackio(tmp_path / "trackio's", project="train_sft")
+    assert len(trackio) > 1
+    assert_told(done.folder, trackio=trackio)
+
+
+# ------------------------------------------------------------------------- several runs
 def test_a_signal_stops_a_tracked_run_after_its_step(runs):
     line = "what was learned up to step 3 is saved. To go on, run the same line with --resume"
     assert runs.stopped.status == 128 + signal.SIGINT
@@ -186,60 +211,34 @@ def test_a_signal_stops_a_tracked_run_after_its_step(runs):
 def test_resume_goes_on_in_the_same_runs(runs):
     assert (runs.resumed.status, runs.resumed.stderr) == (0, "")
     folder = runs.cwd / "trained_model-1"  # the run after it moved it there
-    metrics = read_lines(folder / "metrics.jsonl")
     parts = sorted(folder.glob("wandb/offline-run-*"))
-    assert [[*read_wandb(part)] for part in parts] == [[1, 2, 3], [4, 5]]
+    before, after = map(read_wandb, parts)
+    assert ([*before], [*after]) == ([1, 2, 3], [4, 5])
     names = {part.name.rpartition("-")[2] for part in parts}
     (fresh,) = runs.fresh.folder.glob("wandb/offline-run-*")
     assert len(names) == 1 and fresh.name.rpartition("-")[2] not in names
-    first, second = read_trackio(runs.cwd / "trackio's")
-    assert [step for step, _ in first] == [step for step, _ in second] == STEPS
-    tensorboard, wandb = read_tensorboard(folder), [read_wandb(part) for part in parts]
-    assert [*tensorboard] == STEPS
-    for record, (step, found) in zip(metrics, first):
-        assert_told(record, found)
-        assert_told(record, (wandb[0] | wandb[1])[step])
-        assert_told(record, tensorboard[step], exactly=False)
+    trackio, _ = read_trackio(runs.cwd / "trackio's")
+    assert_told(folder, wandb=before | after, trackio=trackio)
 
 
 def test_tensorboard_forgets_the_steps_after_the_checkpoint(settings):
     pytest.importorskip("tensorboard")
     settings.report_to = ["tensorboard"]
     for done, steps, value in ((0, [1, 2, 3, 4], 0.5), (2, [3, 4, 5], 0.25)):
-        with train_rlhf.open_trackers(settings, done) as track:
+        with Trackers(settings, done, "train_rlhf") as trackers:
             for step in steps:
-                track({"step": step, "score": value}, ())
-    told = read_tensorboard(train_rlhf.Path(settings.output_dir))
+                trackers.track({"step": step, "score": value}, ())
+    told = read_tensorboard(Path(settings.output_dir))
     assert [told[step]["score"] for step in STEPS] == [0.5, 0.5, 0.25, 0.25, 0.25]
 
 
 def test_a_run_that_wandb_joins_later_is_a_new_one_there(settings, started):
     settings.report_to = ["wandb"]
-    with train_rlhf.open_trackers(settings, 3):
+    with Trackers(settings, 3, "train_rlhf"):
         assert started["wandb"]["id"] is None
 
 
-# --------------------------------------------------------------------------------------- the stages
-def test_a_stage_tells_them_all_its_metrics(start, demo_model, tmp_path):
-    rows = [{"text": f"Today I am happy number {n}."} for n in range(12)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--model-name", demo_model, "--data", "rows.jsonl", "--output-dir", "trained_model"]
-    flags += ["--device", "cpu", "--batch-size", "4", "--training-epochs", "1"]
-    done = start(*flags, "--report-to", *ALL, cwd=tmp_path, script="train_sft")
-    assert (done.status, done.stderr) == (0, "")
-    metrics = read_lines(done.folder / "metrics.jsonl")
-    (trackio,) = read_trackio(tmp_path / "trackio's")
-    (offline_run,) = done.folder.glob("wandb/offline-run-*")
-    tensorboard, wandb = read_tensorboard(done.folder), read_wandb(offline_run)
-    assert len(metrics) == len(trackio) == len(wandb) == len(tensorboard) > 1
-    for record, (step, found) in zip(metrics, trackio):
-        assert_told(record, found)
-        assert_told(record, wandb[step])
-        known = {name: value for name, value in record.items() if value is not None}
-        assert_told(known, tensorboard[step], exactly=False)
-
-
-# ---------------------------------------------------------------------- without the trackers' servers
+# -------------------------------------------------------- without the trackers' servers
 @pytest.fixture
 def started(monkeypatch):
     """Return what each tracker was started with; what it is told stays in its attribute told."""
@@ -260,39 +259,26 @@ def started(monkeypatch):
     return started
 
 
-def test_a_conversation_is_told_by_what_was_said_last_and_a_bad_kl_by_nothing(settings, started):
+def test_of_a_conversation_what_was_said_last_is_told(settings, started):
     settings.report_to = ["wandb", "trackio"]
-    os.makedirs(settings.output_dir)
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi, you."}]
-    rows = [{"prompt": turns}, {"prompt": "Life is"}]
-    metrics = [{"step": 1, "samples": 2, "seconds": 1.0, "success_rate": None, "score": 0.5}]
-    metrics[0] |= {"kl": None, "skipped_updates": 1}
-    with train_rlhf.open_log(settings, [], 1) as log:
-        log(metrics, rows, [" Hello.", " so good"], [-1.0, 2.0], [math.nan, 0.25])
-    data = [[1, "Hi, you.", " Hello.", -1.0, None], [1, "Life is", " so good", 2.0, 0.25]]
+    values = [[1, turns, " Hello.", -1.0, None], [1, "Life is", " so good", 2.0, 0.25]]
+    samples = [dict(zip(COLUMNS, row)) for row in values]
+    record = {"step": 1, "success_rate": None, "score": 0.5}
+    with Trackers(settings, 0, "train_rlhf") as trackers:
+        trackers.track(record, samples)
+    values[0][1] = "Hi, you."
     for name in settings.report_to:
         ((step, told),) = started[name]["tracker"].told
-        assert step == 1 and told.items() >= metrics[0].items()
-        table = told["responses"]
+        table = told.pop("responses")
+        assert (step, told) == (1, record)
         assert type(table) is sys.modules[name].Table
-        wanted = data if name == "wandb" else [dict(zip(COLUMNS, row)) for row in data]
+        wanted = values if name == "wandb" else [dict(zip(COLUMNS, row)) for row in values]
         assert table.data == wanted
-    (line, _) = read_lines(train_rlhf.Path(settings.output_dir, "samples.jsonl"))
-    assert line["prompt"] == turns  # which is whole there
+    assert samples[0]["prompt"] == turns  # which is whole in samples.jsonl
 
 
-# ------------------------------------------------------------------------------------- what can fail
-@pytest.mark.parametrize("name", ALL)
-def test_what_is_not_installed_is_refused(call_main, monkeypatch, tmp_path, capsys, name):
-    find_spec = train_rlhf.importlib.util.find_spec
-    others = lambda each: None if each == name else find_spec(each)  # noqa: E731
-    monkeypatch.setattr(train_rlhf.importlib.util, "find_spec", others)
-    assert call_main("--report-to", name) == 2
-    line = f"- REPORT_TO is {name}: leave it out, or pip install {name}\n"
-    assert capsys.readouterr().err == f"Nothing was started or changed:\n{line}"
-    assert [*tmp_path.iterdir()] == []
-
-
+# ------------------------------------------------------------------------ what can fail
 def test_wandb_without_a_key_is_refused_before_anything_is_loaded(start, tmp_path):
     environment = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path)}
     done = start("--model-name", "none", "--report-to", "wandb", **environment)
@@ -307,51 +293,51 @@ def test_wandb_that_is_disabled_does_nothing(make_settings, monkeypatch, tmp_pat
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.chdir(tmp_path)
-    with train_rlhf.open_trackers(make_settings("--report-to", "wandb"), 0) as track:
-        track({"step": 1}, [{"prompt": "Life is", "response": " good"}])
+    with Trackers(make_settings("--report-to", "wandb"), 0, "train_rlhf") as trackers:
+        trackers.track({"step": 1}, [{"prompt": "Life is", "response": " good"}])
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_tracker_that_does_not_start_is_told(settings, started, monkeypatch):
+@pytest.fixture
+def offline(started, monkeypatch):
+    """Let Trackio fail to start."""
+
     def start(self):
         raise OSError("no route to host")
 
-    ended = []
     monkeypatch.setattr(TrackioTracker, "start", start)
+
+
+def test_a_tracker_that_does_not_start_is_told(settings, offline, monkeypatch):
+    ended = []
     monkeypatch.setattr(sys.modules["wandb"], "finish", lambda: ended.append("wandb"))
     settings.report_to = ["wandb", "trackio"]
-    with pytest.raises(train_rlhf.RunError) as error, train_rlhf.open_trackers(settings, 0):
+    with pytest.raises(RunError) as error, Trackers(settings, 0, "train_rlhf"):
         pass
     problem = "REPORT_TO is trackio: it does not start (no route to host): leave it out"
     assert error.value.args == (problem,)
     assert ended == ["wandb"]  # or in a notebook the next run would go on in its own
 
 
-def test_a_tracker_that_does_not_start_makes_no_process_wait(settings, started, monkeypatch):
+def test_a_tracker_that_does_not_start_makes_no_process_wait(settings, offline, make_learner):
     """To save, all processes wait for each other, and the others have no tracker that fails."""
-
-    def start(self):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(TrackioTracker, "start", start)
-    settings.report_to, saved = ["trackio"], []
     os.makedirs(settings.output_dir)
+    settings.report_to = ["trackio"]
     metrics = [{"step": 1, "samples": 10, "seconds": 1.0, "skipped_updates": 0}]  # of a checkpoint
-    parts = [None] * 4  # of train, that come before rows
-    rows = [{"prompt": "Life is"}]
-    with pytest.raises(train_rlhf.RunError, match="does not start"):
-        train_rlhf.train(*parts, rows, settings, metrics, lambda: saved.append(True))
-    assert saved == []
+    parts = SimpleNamespace(settings=settings, policy=None, tokenizer=None)
+    parts.trainer = SimpleNamespace(optimizer=None)
+    with pytest.raises(RunError, match="does not start"):
+        # A checkpoint that is None can't save.
+        train_rlhf.train(make_learner(parts), [{"prompt": "Life is"}], metrics, None)
 
 
 def test_a_tracker_that_is_named_twice_is_started_once(settings, started, monkeypatch):
     starts, start = [], TrackioTracker.start
     monkeypatch.setattr(TrackioTracker, "start", lambda self: (starts.append(self), start(self)))
     settings.report_to = ["trackio", "trackio"]
-    with train_rlhf.open_trackers(settings, 0) as track:
-        track({"step": 1}, ())
-    assert len(starts) == 1
+    with Trackers(settings, 0, "train_rlhf"):
+        assert len(starts) == 1
 
 
 @pytest.mark.parametrize("where", ["log", "Table"])
@@ -378,10 +364,10 @@ def test_a_tracker_that_fails_on_the_way_is_left_out_and_told_once(
         monkeypatch.setattr(sys.modules["wandb"], "Table", table)
     monkeypatch.setattr(sys.modules["trackio"], "finish", finish)
     settings.report_to = ["wandb", "trackio"]
-    with train_rlhf.open_trackers(settings, 0) as track:
+    with Trackers(settings, 0, "train_rlhf") as trackers:
         for step in (1, 2, 3):
             samples = [{"prompt": "Life is", "response": " good"}] if step == 2 else ()
-            track({"step": step}, samples)
+            trackers.track({"step": step}, samples)
     told = {
         name: [step for step, _ in started[name]["tracker"].told] for name in settings.report_to
     }

@@ -1,0 +1,56 @@
+"""The learning rate, which follows how far the last step has moved."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from train_rlhf import set_learning_rate
+
+
+def rates_after(rates, approx_kls, target, total_steps):
+    """Return the rates after so many steps, with a target for the first and a first rate of 1e-4."""
+    optimizer = SimpleNamespace(param_groups=[{"lr": rate} for rate in rates])
+    metrics = [{"approx_kl": approx_kl} for approx_kl in approx_kls]
+    settings = SimpleNamespace(target_approx_kl=target, learning_rate=1e-4)
+    set_learning_rate(optimizer, metrics, total_steps, settings)
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+def factor_after(approx_kl, target, total_steps):
+    """Return by which factor the rate changes after six steps, of which the last alone counts."""
+    approx_kls = [123.0] * 5 + [approx_kl]
+    first, second = rates_after([1e-4, 3e-4], approx_kls, target, total_steps)
+    assert second == pytest.approx(3 * first)
+    return first / 1e-4
+
+
+@pytest.mark.parametrize(
+    ("approx_kl", "factor"),
+    [(0.01, 1), (0.01 / 1.44, 1.2), (0.0, 1.5), (1.0, 1 / 1.5), (None, 1 / 1.5)],
+)
+def test_the_rate_follows_the_root_of_the_kl(approx_kl, factor):
+    """Within bounds; None stands for a KL that is not finite."""
+    rate = factor_after(approx_kl, target=0.08, total_steps=12)  # of which an eighth is left
+    assert rate == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("target", "total_steps", "factor"),
+    [(0.08, 12, 1), (0.04, 12, 0.5**0.5), (0.01, 6 * 10**6, 1), (0.01, 6, 1 / 1.5)],
+)
+def test_the_target_falls_as_a_cube_to_0(target, total_steps, factor):
+    """After 6 of 12 steps an eighth of it is left."""
+    assert factor_after(0.01, target, total_steps) == pytest.approx(factor, rel=1e-5)
+
+
+@pytest.mark.parametrize("approx_kl", [0.0, 0.01, None])
+def test_without_a_target_the_rate_stays(approx_kl):
+    assert factor_after(approx_kl, target=0, total_steps=12) == 1
+
+
+def test_the_rate_has_a_bound_where_nothing_can_be_learned():
+    rates = [1e-4]
+    for steps in range(1, 50):
+        approx_kls = [0.0] * steps  # as where all scores are alike
+        rates = rates_after(rates, approx_kls, target=0.01, total_steps=90)
+    assert rates == [pytest.approx(1e-2)]

@@ -1,0 +1,318 @@
+"""Between texts and tokens: chat templates, the ends of responses, padding, what fits."""
+
+import json
+import re
+import textwrap
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_rlhf
+from finetune import evaluation, tokens
+from finetune.errors import SettingsError
+from finetune.tokens import end_tokens, load_tokenizer, texts_of
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WITH_START = "{{ bos_token }}" + CHATML
+WITH_EOS = CHATML.replace("'<|im_end|>\n'", "eos_token")
+TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+CONTEXT = 256  # of demo_model, in tokens
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def encode(tokenizer, *prompts, chat_template=True):
+    """Return the queries of prompts, as lists of ids."""
+    rows = [{"prompt": prompt} for prompt in prompts]
+    return [query.tolist() for query in tokens.encode(tokenizer, rows, chat_template)]
+
+
+def ids_of(tokenizer, *texts):
+    return [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
+
+
+@pytest.fixture(scope="module")
+def chat_model(demo_model, tmp_path_factory):
+    """Return a copy of demo_model whose turns end in a token as likely as a full stop."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype="float32")
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = CHATML
+    model.resize_token_embeddings(len(tokenizer))
+    end, stop = tokenizer.convert_tokens_to_ids(["<|im_end|>", "."])
+    assert stop is not None and end == len(tokenizer) - 1
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight  # of the output too: they are tied
+        weight[end] = weight[stop]
+    folder = tmp_path_factory.mktemp("chat_model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(chat_model):
+    return load_tokenizer(str(chat_model))
+
+
+@pytest.fixture(scope="module")
+def tinyllama(shared_model):
+    return load_tokenizer(str(shared_model("tinyllama-shape")))
+
+
+# --------------------------------------------------------------- the tokenizer
+def test_the_pad_token_is_no_end_token(tinyllama, copy_of_demo_model):
+    """That of TinyLlama's tokenizer is; and where there is none it gets one."""
+    assert tinyllama.pad_token_id not in (None, tinyllama.eos_token_id)
+    path = copy_of_demo_model / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["pad_token"]
+    path.write_text(json.dumps(config | {"padding_side": "right"}))
+    tokenizer = load_tokenizer(str(copy_of_demo_model))
+    assert tokenizer.pad_token is not None
+    assert tokenizer.padding_side == "left"
+
+
+# ----------------------------------------------------------------- the queries
+# <|user|> newline … </s> newline <|assistant|> newline; the marks are ordinary text to it
+USER = (529, 29989, 1792, 29989, 29958, 13)
+ASSISTANT = (2, 13, 29966, 29989, 465, 22137, 29989, 29958, 13)
+TINYLLAMA = {
+    "Say something nice.": [*USER, 29903, 388, 1554, 7575, 29889, *ASSISTANT],
+    "Hi": [*USER, 18567, *ASSISTANT],
+}
+
+
+def test_prompts_in_the_template_of_tinyllama(tinyllama):
+    assert encode(tinyllama, *TINYLLAMA) == [*TINYLLAMA.values()]
+    messages = [[user(text)] for text in TINYLLAMA]
+    assert encode(tinyllama, *messages, chat_template=False) == [*TINYLLAMA.values()]
+    # A text alone has its start token, once.
+    assert encode(tinyllama, "Hi", chat_template=False) == [[1, 6324]]
+    assert end_tokens([2], tinyllama) == [2]
+
+
+def test_conversations_go_through_the_template_and_texts_where_wanted(tokenizer):
+    """A text is a turn of the user before one of the assistant."""
+    turns = [{"role": "system", "content": "Be kind"}, user("Hi")]
+    turns += [{"role": "assistant", "content": "Yes"}, user("And?")]
+    text = "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    text += "<|im_start|>assistant\nYes<|im_end|>\n" + TURN.format("And?")
+    both = [text, TURN.format("I feel so")]
+    wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in both]
+    assert encode(tokenizer, turns, "I feel so") == wanted
+    plain = tokenizer("I feel so")["input_ids"]
+    assert encode(tokenizer, turns, "I feel so", chat_template=False) == [wanted[0], plain]
+
+
+@pytest.mark.parametrize("template", [CHATML, WITH_START], ids=["none", "its own"])
+def test_there_are_never_two_start_tokens(tokenizer, template):
+    """The tokenizer writes one by itself, where there is no template."""
+    tokenizer.chat_template = template
+    start = tokenizer.bos_token_id
+    for query in encode(tokenizer, "I feel so", [user("Hi")]):
+        assert query.count(start) == (template == WITH_START)
+        assert start not in query[1:]
+    (plain,) = encode(tokenizer, "I feel so", chat_template=False)
+    assert plain.count(start) == 1 and plain[0] == start
+
+
+# ------------------------------------------------------- the end of a response
+@pytest.mark.parametrize(
+    ("own", "template", "ends"),
+    [
+        (2, CHATML, [2, "<|im_end|>"]),
+        ([2, 1], CHATML, [2, 1, "<|im_end|>"]),
+        (None, CHATML, [2, "<|im_end|>"]),  # the tokenizer's, where the model names none
+        (2, WITH_EOS, [2]),
+        (2, CHATML.replace("<|im_end|>", "<|im_end|><|im_start|>"), [2, "<|im_end|>"]),
+        (2, None, [2]),
+        (2, "{{ raise_exception('not for these') }}", [2]),
+    ],
+    ids=["one", "two", "none", "the same", "more after it", "no template", "another"],
+)
+def test_the_end_tokens_are_those_of_the_model_and_of_a_turn(tokenizer, own, template, ends):
+    tokenizer.chat_template = template
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    wanted = [end if token == "<|im_end|>" else token for token in ends]
+    assert end_tokens(own, tokenizer) == wanted
+
+
+# ------------------------------------------------------------------- the texts
+def test_texts_of_responses_keep_the_space_before_them(tokenizer):
+    """Such as the beginnings of one, the empty one first; an end token is no text."""
+    query, whole = ids_of(tokenizer, "Life is", "Life is good today, I feel")
+    response = whole[len(query) :]
+    assert whole[: len(query)].tolist() == query.tolist()
+    beginnings = [response[:end] for end in range(len(response) + 1)]
+    texts = texts_of(tokenizer, query, beginnings)
+    for beginning, text in zip(beginnings, texts):
+        assert texts_of(tokenizer, query, [beginning]) == [text]
+    assert texts[0] == "" and texts[-1] == " good today, I feel"
+    assert all(texts[-1].startswith(text) for text in texts) and len({*texts}) > 4
+    end = torch.tensor([tokenizer.eos_token_id])
+    ended = torch.cat([response, end])
+    assert texts_of(tokenizer, query, [ended, end]) == [" good today, I feel", ""]
+    (spaced,) = ids_of(tokenizer, "Life is good , I .")
+    assert texts_of(tokenizer, query, [spaced[len(query) :]]) == [" good , I ."]
+
+
+def test_the_text_of_a_response_keeps_the_space_of_a_sentencepiece_tokenizer(tinyllama):
+    query, both = ids_of(tinyllama, "I am really", "I am really happy, glad")
+    assert texts_of(tinyllama, query, [both[len(query) :]]) == [" happy, glad"]
+
+
+def test_after_the_query_of_an_encoder_a_response_is_a_text_of_its_own(tokenizer):
+    """That query has an end token. The space shows that no word of the prompt goes on."""
+    end = torch.tensor([tokenizer.eos_token_id])
+    query, response = ids_of(tokenizer, "I feel so", "happy and glad")
+    query = torch.cat([query, end])
+    responses = [response, torch.cat([response, end]), end, end[:0]]
+    assert texts_of(tokenizer, query, responses) == [" happy and glad"] * 2 + ["", ""]
+
+
+# ------------------------------------------------------------------- the batch
+def test_queries_are_padded_on_the_left_and_responses_on_the_right(tokenizer):
+    """By their lengths: a pad token in the middle is an ordinary one."""
+    pad = tokenizer.pad_token_id
+    queries = [torch.tensor(ids) for ids in ([5, pad, 7], [8])]
+    responses = [torch.tensor(ids) for ids in ([9, pad], [10, 11, 12])]
+    inputs, mask = tokens.pad_batch(tokenizer, queries, responses, "cpu")
+    assert inputs.keys() == {"input_ids", "attention_mask"}
+    wanted = [[5, pad, 7, 9, pad, pad], [pad, pad, 8, 10, 11, 12]]
+    assert inputs["input_ids"].tolist() == wanted
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
+    assert mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_a_decoder_begins_with_its_start_token():
+    ids = torch.tensor([[5, 6, 7, 8, 9], [0, 6, 7, 8, 0]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    inputs, places = tokens.for_decoder(inputs, length=3, start_id=1)
+    assert {name: values.tolist() for name, values in inputs.items()} == {
+        "input_ids": [[5, 6], [0, 6]],
+        "attention_mask": [[1, 1], [0, 1]],
+        "decoder_input_ids": [[1, 7, 8], [1, 7, 8]],
+    }
+    assert places.tolist() == [0, 1, 2]
+
+
+# ------------------------------------------------------------------- what fits
+LONG = "very " * 100 + "good"
+
+
+@pytest.fixture
+def fitting(tokenizer, make_settings):
+    """Return the rows that leave room for a response of so many tokens."""
+
+    def find(new_tokens, *rows, flags=(), context=CONTEXT):
+        settings = make_settings("--max-new-tokens", str(new_tokens), *flags)
+        return tokens.prompts_that_fit(context, tokenizer, [*rows], settings)
+
+    return find
+
+
+@pytest.mark.parametrize("prompt", [LONG, [user(LONG)]], ids=["text", "chat"])
+def test_prompt_and_response_have_to_fit_into_the_context(tokenizer, fitting, prompt):
+    """What does not fit is left out; it is told where nothing fits."""
+    short, long = {"prompt": "My cat"}, {"prompt": prompt}
+    length = len(encode(tokenizer, prompt, chat_template=False)[0])
+    room = CONTEXT - length
+    assert fitting(room, short, long) == [short, long]
+    assert fitting(room + 1, long, short) == [short]
+    assert fitting(CONTEXT + 1) == []  # of none that were asked for none are missed
+    assert fitting(10**6, long, context=float("inf")) == [long]
+    with pytest.raises(SettingsError) as error:
+        fitting(room + 1, long, long)
+    (problem,) = error.value.args
+    told = f"MAX_NEW_TOKENS is {room + 1}, too many for every prompt, such as 'very very"
+    assert problem.startswith(told)
+    remedy = f"give less, or shorter prompts; the model's context is {CONTEXT}"
+    assert problem.endswith(f"', {length} tokens: {remedy}")
+    assert len(problem) < 300
+
+
+def test_the_template_takes_of_the_context_too(tokenizer, fitting):
+    """Of 256 tokens 4 are left for a prompt: enough for it, not for its template."""
+    row = {"prompt": "I feel so"}
+    assert len(tokenizer("I feel so")["input_ids"]) <= 4
+    assert fitting(252, row) == [row]
+    with pytest.raises(SettingsError, match="MAX_NEW_TOKENS is 252, too many for every"):
+        fitting(252, row, flags=["--chat-template"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "flags"),
+    [("Hi", ["--chat-template"]), ([user("Hi")], [])],
+)
+def test_a_model_without_a_template_is_refused(tokenizer, fitting, prompt, flags):
+    tokenizer.chat_template = None
+    with pytest.raises(SettingsError) as error:
+        fitting(8, {"prompt": prompt}, flags=flags)
+    (problem,) = error.value.args
+    assert problem.startswith(f"CHAT_TEMPLATE is {flags != []}: it can't be used (")
+    remedy = "name a model with a chat template that takes these prompts"
+    assert problem.endswith(f": {remedy}, or give texts and False")
+
+
+# ----------------------------------------------------------------- a whole run
+@pytest.fixture
+def said(monkeypatch):
+    """Return the queries that a run answers, as texts, and its responses."""
+    queries_said, responses_said = set(), []
+    sample = train_rlhf.sample_responses
+
+    def see(model, tokenizer, queries, *args, **options):
+        responses, texts = sample(model, tokenizer, queries, *args, **options)
+        queries_said.update(tokenizer.decode(query) for query in queries)
+        responses_said.extend(response.tolist() for response in responses)
+        return responses, texts
+
+    for module in (train_rlhf, evaluation):
+        monkeypatch.setattr(module, "sample_responses", see)
+    return queries_said, responses_said
+
+
+def test_a_run_with_the_template(call_main, chat_model, said, tmp_path, monkeypatch, capsys):
+    """Its responses end with the turn, or at an end token, or where they are long enough."""
+    flags = "--device cpu --ppo-epochs 1 --target-approx-kl 0 --batch-size 4 --eval-samples 6"
+    flags += " --training-epochs 4 --max-new-tokens 20 --chat-template"
+    prompts = ["--prompts", "I feel so", "Life is", "--eval-prompts", "My day was"]
+    assert call_main("--model-name", chat_model, *flags.split(), *prompts) == 0
+    queries, responses = said
+    assert queries == {TURN.format(text) for text in ("I feel so", "Life is", "My day was")}
+    assert re.search(r"\n    (I feel so|Life is) \|", capsys.readouterr().out)  # the sample
+
+    folder = tmp_path / "trained_model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ends = {end, tokenizer.eos_token_id}
+    assert sum(response[-1] == end for response in responses) > 3
+    for response in responses:
+        assert not ends & {*response[:-1]}
+        assert response[-1] in ends or len(response) == 20
+
+    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert {sample["prompt"] for sample in samples} == {"I feel so", "Life is"}
+    assert not any("<|" in sample["response"] for sample in samples)
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert report["chat"] is True
+    saved = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    assert end in saved["eos_token_id"]
+    assert tokenizer.chat_template == CHATML
+
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    code = card[card.index("    from transformers") : card.index("\n![")]
+    monkeypatch.chdir(folder)
+    exec(textwrap.dedent(code), {})
+    told = "[{'role': 'user', 'content': 'I feel so'}, {'role': 'assistant', 'content': "
+    assert told in capsys.readouterr().out
