@@ -16,21 +16,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from finetune import command
 from finetune.checks import check_device, check_output
-from finetune.command import (
-    is_script,
-    launch,
-    run_main,
-    settings_or_exit,
-    silence_loggers,
-    watch_the_start,
-)
 from finetune.errors import SettingsError, shorten
 from finetune.seed_tasks import read_seed_tasks
 from finetune.settings import CommonSettings, Number, Text, TextsOrNone, Whole, changeable, limits
 
-if is_script(globals()):
-    watch_the_start()
+if command.is_script(globals()):
+    command.watch_the_start()
 
 # --- Model
 MODEL_NAME = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"  # a name on the Hub, or a local folder
@@ -92,14 +85,13 @@ def check_machine(device: str, dtype: str) -> None:
 
 CHECKS = (read_seed_tasks, check_machine, check_output)
 
-if is_script(globals()):
-    settings = settings_or_exit(globals(), Settings, CHECKS)
-silence_loggers()
+if command.is_script(globals()):
+    settings = command.settings_or_exit(globals(), Settings, CHECKS)
+command.silence_loggers()
 
 import torch
 
 from finetune.answers import add_record, make_report, open_answers, read_answers, save_report, tally
-from finetune.command import stop_on_signal
 from finetune.data import Row
 from finetune.output import claim_output
 from finetune.processes import device_name, join_processes, pick_device
@@ -153,7 +145,7 @@ def ask(writer: Writer, tasks: list[Row], records: list[Row], settings: Settings
     """Make the requests that are still to do; write down each and add it to records."""
     before = len(records)
     start = time.perf_counter()
-    with stop_on_signal(after_step=True) as stop:
+    with command.stop_on_signal(after_step=True) as stop:
         for number in range(before + 1, settings.requests + 1):
             record = answer_request(number, writer, tasks, records, settings)
             add_record(record, settings.output_dir)
@@ -296,10 +288,10 @@ def summarize(report: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] = ()) -> int:
     """Make instructions, by the constants and flags in argv; return the exit status."""
-    return run_main(run, argv, globals(), Settings, CHECKS)
+    return command.run_main(run, argv, globals(), Settings, CHECKS)
 
 
-if is_script(globals()):
-    sys.exit(launch(run, settings))
+if command.is_script(globals()):
+    sys.exit(command.launch(run, settings))
 elif __name__ == "__main__":  # a cell of a notebook
     main()

@@ -99,7 +99,7 @@ from torch.nn.functional import logsigmoid, softplus
 from finetune.batches import ComparisonCollator
 from finetune.checkpoint import check_resume, hash_files
 from finetune.heads import load_with_head, save_with_head, show_scores
-from finetune.held_out import calibration, compare_figures, draw, guessing, in_a_line, ratio
+from finetune.held_out import calibration, compare_figures, draw, guessing, ratio, short_line
 from finetune.output import claim_output, describe_run, whole_results, write_report
 from finetune.processes import is_main_process, join_processes, pick_device
 from finetune.progress import Metrics, count_steps, progress
@@ -263,7 +263,7 @@ def summarize(report: Row) -> str:
     lines += ["", f"{where} on {report['device']}, seed {settings['seed']}.", ""]
     lines += ["The held-out texts that score highest and lowest:", ""]
     for text, score in trained["first_sample"].items():
-        lines.append(f"    {score:+6.2f}  {in_a_line(text)}")
+        lines.append(f"    {score:+6.2f}  {short_line(text)}")
 
     advice = ""
     if not report["learned"]:

@@ -72,7 +72,7 @@ def measure(learner: Any, rows: list[Row], samples: int, number: int, base: bool
     key = (settings.seed, 0, number)
     numbers = random_numbers(key, len(rows), settings.max_new_tokens)
     measured = share_out(sample_and_compare, rows, numbers, learner=learner, base=base)
-    check_finite(measured)
+    check_numbers(measured)
     return measured
 
 
@@ -110,7 +110,7 @@ def spread(rows: list[Row], samples: int) -> list[Row]:
     return [row for row in rows for _ in range(times)]
 
 
-def check_finite(measured: Measured) -> None:
+def check_numbers(measured: Measured) -> None:
     """Refuse a measurement with numbers that are none."""
     if not math.isfinite(sum(measured.kls)):
         raise RunError("the measurement is not finite: set DTYPE float32 or lower TARGET_APPROX_KL")

@@ -125,13 +125,13 @@ def compare_answers(before: dict[str, str], after: dict[str, str]) -> list[str]:
     """Return lines of what is asked, and what is answered before and after."""
     lines = []
     for prompt, answer in before.items():
-        lines.append(f"    {in_a_line(prompt)}")
-        lines.append(f"        before  {in_a_line(answer)}")
-        lines.append(f"        after   {in_a_line(after[prompt])}")
+        lines.append(f"    {short_line(prompt)}")
+        lines.append(f"        before  {short_line(answer)}")
+        lines.append(f"        after   {short_line(after[prompt])}")
     return lines
 
 
-def in_a_line(text: str) -> str:
+def short_line(text: str) -> str:
     """Return a text in one line, shortened."""
     return shorten(" ".join(text.split()))
 
