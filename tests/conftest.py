@@ -26,7 +26,7 @@ SMALL = ["--device", "cpu", "--batch-size", "4", "--max-new-tokens", "8", "--eva
 
 def pytest_collection_modifyitems(items):
     """Begin with the files that take longest, so that no worker is left alone with one at the end."""
-    names = "run processes stages notebook measurement memory kill resources ppo_step train_reward_model"
+    names = "run processes notebook kill trackers stages memory train_reward_model evaluation"
     longest = [f"test_{name}.py" for name in names.split()]
     items.sort(key=lambda item: [*longest, item.path.name].index(item.path.name))
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from finetune.errors import SettingsError, shorten
 from finetune.hub import find_model
 
+SHORT = ("--training-epochs", "0.001", "--eval-samples", "1")  # were it not refused
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -22,12 +23,12 @@ def refused(call_main, tmp_path, capfd):
         (tmp_path / "trained_model" / name).write_text(name)
 
     def call(*flags):
-        before = digests(tmp_path)
+        before = digests(tmp_path), sorted(tmp_path.rglob("*"))
         status = call_main("--device", "cpu", *flags)
         output, message = capfd.readouterr()
         (problem,) = refusals(status, message)
         assert output == "" and message.endswith("\n")
-        assert digests(tmp_path) == before
+        assert (digests(tmp_path), sorted(tmp_path.rglob("*"))) == before
         return problem
 
     return call
@@ -56,7 +57,8 @@ def empty(folder):
 
 
 def weights_are_pickled(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
 
 
 def weights_are_cut_off(folder):
@@ -111,7 +113,7 @@ REASONS = {  # of the others it is in the words of a library
 @pytest.mark.parametrize("fault", SPOILS)
 def test_a_model_that_cannot_be_loaded(refused, copy_of_demo_model, fault):
     SPOILS[fault](copy_of_demo_model)
-    problem = refused("--model-name", "copy")
+    problem = refused("--model-name", "copy", *SHORT)
     start = "MODEL_NAME is copy: it can't be used ("
     end = "): name a language model with config.json, *.safetensors and a tokenizer"
     assert problem.startswith(start) and problem.endswith(end)
@@ -183,8 +185,7 @@ def test_a_model_that_is_not_there(setting, name):
     ],
 )
 def test_a_layer_that_cannot_be_adapted(refused, demo_model, targets):
-    short = ("--training-epochs", "0.001", "--eval-samples", "1")  # were it not refused
-    problem = refused("--model-name", demo_model, "--lora-targets", *targets, *short)
+    problem = refused("--model-name", demo_model, "--lora-targets", *targets, *SHORT)
     assert problem.startswith(f"LORA_TARGETS is {targets}: it can't be used (")
     assert problem.endswith("): name linear layers of this model, or all-linear")
     assert len(problem) < 400

@@ -180,6 +180,7 @@ def trained(folder, make, tmp_path_factory):
     after = weights_of(built)
     built.moved = {name: not torch.equal(after[name], before[name]) for name in before}
 
+    torch.nn.init.normal_(built.policy.v_head.summary.weight)  # two steps move it by little
     built.queries, built.numbers, built.responses, _ = respond(built)
     built.together = evaluate(built, built.queries, built.responses)
     built.alone = []
@@ -254,9 +255,9 @@ def test_logprobs_and_values_are_those_of_the_plain_model_whatever_the_padding(t
             states = output.decoder_hidden_states[-1][0]
             constant, slope = (states @ head.weight.T + head.bias).unbind(-1)
         wanted = constant + slope * torch.arange(len(response)) / 2
-        assert values.abs().max() > 1e-4  # it has learned something
-        assert torch.allclose(values, wanted, atol=1e-4)
-        assert torch.allclose(values, values_alone, atol=1e-5)
+        assert min(constant.abs().max(), slope.abs().max()) > 0.1
+        assert torch.allclose(values, wanted, atol=1e-3)
+        assert torch.allclose(values, values_alone, atol=1e-4)
 
 
 def test_two_steps_begin_at_the_base_model_and_move_the_weights(trained):

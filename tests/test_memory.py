@@ -315,13 +315,10 @@ def test_gradient_checkpointing_is_refused_where_it_would_do_nothing(
         build(make_settings("--gradient-checkpointing"))
 
 
-@pytest.mark.parametrize("mini_batch_size", ["0", "2"])
-def test_a_step_with_gradient_checkpointing_is_the_same_step(
-    build, step, make_settings, mini_batch_size
-):
+def test_a_step_with_gradient_checkpointing_is_the_same_step(build, step, make_settings):
     found = []
     for flag in ("--no-gradient-checkpointing", "--gradient-checkpointing"):
-        built = build(make_settings("--mini-batch-size", mini_batch_size, flag))
+        built = build(make_settings("--mini-batch-size", "2", flag))
         torch.manual_seed(0)
         found.append([step(built), step(built)])
     for plain, checkpointed in zip(*found):

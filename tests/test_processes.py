@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import accelerate
 import pytest
@@ -24,7 +23,6 @@ from safetensors.torch import load_file
 
 from finetune import processes
 from finetune.checkpoint import read_checkpoint
-from finetune.errors import RunError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs the signals of Linux")
 
@@ -99,61 +97,6 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch, cores, launched, gi
     # Libraries that are loaded later find there how many threads to take.
     assert os.environ.get("OMP_NUM_THREADS") == (str(*threads) or None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-class Lists(NamedTuple):
-    """What work may find for rows."""
-
-    names: list[str]
-    sums: list[float]
-
-
-def work(rows, numbers, more):
-    """Return what share_out may ask for; a row that is None fails."""
-    if None in rows:
-        raise RunError(f"{rows} has no name")
-    return Lists([f"{row}{more}" for row in rows], numbers.sum(1).tolist())
-
-
-@pytest.fixture
-def share_out(monkeypatch):
-    """Return what share_out returns, or raises, in each of so many processes."""
-
-    def call(count, rows):
-        numbers = torch.arange(2.0 * len(rows)).reshape(-1, 2)
-        shares, results = [], []
-        state = SimpleNamespace(num_processes=count)
-        monkeypatch.setattr(accelerate, "PartialState", lambda: state)
-
-        def gather(share):
-            shares.extend(share)
-            return share
-
-        monkeypatch.setattr(accelerate.utils, "gather_object", gather)
-        for state.process_index in range(count):
-            try:
-                processes.share_out(work, rows, numbers, more="!")
-            except (RunError, IndexError):  # of its own share, which may be empty
-                continue
-        monkeypatch.setattr(accelerate.utils, "gather_object", lambda share: shares)
-        for state.process_index in range(count):
-            try:
-                results.append(processes.share_out(work, rows, numbers, more="!"))
-            except RunError as error:
-                results.append(str(error))
-        return results
-
-    return call
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_what_is_shared_out_comes_back_whole_and_in_order(share_out, count):
-    whole = Lists(["a!", "b!", "c!", "d!", "e!"], [1.0, 5.0, 9.0, 13.0, 17.0])
-    assert share_out(count, [*"abcde"]) == [whole] * count
-
-
-def test_what_fails_in_one_process_is_raised_in_all(share_out):
-    assert share_out(3, ["a", "b", None]) == ["[None] has no name"] * 3
 
 
 # -------------------------------------------------------------------------------- the runs

@@ -31,10 +31,11 @@ def refused_resume(call_main, read_settings, demo_model, tmp_path, monkeypatch, 
         torch.save(state | entries, checkpoint / "state.pt")
         if data is not None:
             (checkpoint / "state.pt").write_bytes(data)
-        before = digests(tmp_path)
+        before = digests(tmp_path), sorted(tmp_path.rglob("*"))
         status = call_main(*flags, "--resume", *changed)
         output, message = capfd.readouterr()
-        assert output == "" and digests(tmp_path) == before
+        assert output == ""
+        assert (digests(tmp_path), sorted(tmp_path.rglob("*"))) == before
         return refusals(status, message)
 
     return call

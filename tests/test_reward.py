@@ -97,6 +97,10 @@ def test_letters_that_prolong_the_last_word_of_the_prompt_are_no_word(prompt, te
     assert positive(text, prompt=prompt) == expected
 
 
+def test_scripts_without_spaces_between_words_prolong_nothing():
+    assert positive("행복 !", "행복", prompt="나는") == 1.0
+
+
 # ----------------------------------------------------------- what REWARD names
 def see(seen):
     """Return a reward function that notes what it is given, and gives 1 for the first, 2, 3…"""

@@ -16,7 +16,7 @@ from finetune.batches import make_collator
 from finetune.checkpoint import read_checkpoint
 from finetune.errors import RunError, SettingsError
 from finetune.examples import tokenize
-from finetune.held_out import answers, ratio
+from finetune.held_out import answers, query_of, ratio
 from finetune.output import claim_output
 from finetune.settings import read_settings
 from finetune.supervised import Stage, fit, order_of
@@ -280,3 +280,9 @@ def test_a_question_has_no_end_where_the_tokenizer_adds_one(demo_model, model_64
     told = answers(model_64, tokenizer, rows, examples, max_new_tokens=4)
     query = tokenizer("Say\n")["input_ids"][:-1]
     assert told["Say\n"] == tokenizer.decode(greedy(model_64, query, 4))
+
+
+def test_of_a_text_that_was_cut_less_than_all_is_shown(tokenizer):
+    row = row_of("", "I am so glad")
+    (example,), _ = tokenize(tokenizer, [row], 3, Counter())
+    assert query_of(tokenizer, row, example) == example["input_ids"][:2]

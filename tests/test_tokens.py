@@ -139,7 +139,7 @@ def test_there_are_never_two_start_tokens(tokenizer, template):
     ],
     ids=["one", "two", "none", "the same", "more after it", "no template", "another"],
 )
-def test_the_end_tokens_are_those_of_the_model_and_of_a_turn(tokenizer, own, template, ends):
+def test_end_tokens_are_those_of_the_model_and_of_a_turn(tokenizer, own, template, ends):
     tokenizer.chat_template = template
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     wanted = [end if token == "<|im_end|>" else token for token in ends]
@@ -161,16 +161,14 @@ def test_texts_of_responses_keep_the_space_before_them(tokenizer):
     end = torch.tensor([tokenizer.eos_token_id])
     ended = torch.cat([response, end])
     assert texts_of(tokenizer, query, [ended, end]) == [" good today, I feel", ""]
-    (spaced,) = ids_of(tokenizer, "Life is good , I .")
-    assert texts_of(tokenizer, query, [spaced[len(query) :]]) == [" good , I ."]
 
 
-def test_the_text_of_a_response_keeps_the_space_of_a_sentencepiece_tokenizer(tinyllama):
+def test_a_text_keeps_the_space_of_a_sentencepiece_tokenizer(tinyllama):
     query, both = ids_of(tinyllama, "I am really", "I am really happy, glad")
     assert texts_of(tinyllama, query, [both[len(query) :]]) == [" happy, glad"]
 
 
-def test_after_the_query_of_an_encoder_a_response_is_a_text_of_its_own(tokenizer):
+def test_after_the_query_of_an_encoder_a_text_stands_alone(tokenizer):
     """That query has an end token. The space shows that no word of the prompt goes on."""
     end = torch.tensor([tokenizer.eos_token_id])
     query, response = ids_of(tokenizer, "I feel so", "happy and glad")
@@ -282,7 +280,7 @@ def said(monkeypatch):
 
 
 def test_a_run_with_the_template(call_main, chat_model, said, tmp_path, monkeypatch, capsys):
-    """Its responses end with the turn, or at an end token, or where they are long enough."""
+    """Its responses end with the turn, at an end token, or where they are long enough."""
     flags = "--device cpu --ppo-epochs 1 --target-approx-kl 0 --batch-size 4 --eval-samples 6"
     flags += " --training-epochs 4 --max-new-tokens 20 --chat-template"
     prompts = ["--prompts", "I feel so", "Life is", "--eval-prompts", "My day was"]
