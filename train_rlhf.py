@@ -76,7 +76,7 @@ EVAL_PROMPTS = [  # never trained on, but measured; [] = off
     "Right now I am", "My day was", "It makes me feel", "Tonight I feel", "Everything seems",
     "I woke up feeling",
 ]  # fmt: skip
-EVAL_SHARE = 0.1  # of PROMPTS from a file: held out in place of EVAL_PROMPTS; 0 = these count
+EVAL_SHARE = 0.1  # of PROMPTS in a file: held out in place of EVAL_PROMPTS; 0 = those are
 PROMPT_FIELD = "auto"  # of a row; auto = prompt, messages, text, instruction (+ input), question
 CHAT_TEMPLATE = False  # True = a prompt is what a user says, put into the tokenizer's template
 
@@ -107,7 +107,7 @@ KL_COEF = 0.1  # price of one nat of KL against the base model, in scores; 0 = f
 CLIP_RANGE = 0.2  # PPO's epsilon: nothing is gained by a probability ratio outside 1 ± CLIP_RANGE
 VALUE_CLIP_RANGE = 0.2  # the same for a value's change in one step, in units of the score
 VF_COEF = 0.1  # weight of the value loss in the loss; 0 = the value head stays at zero
-GAMMA = 1.0  # discount per token; 1.0 = none: a response is short, and its score comes at the end
+GAMMA = 1.0  # discount per token; 1.0 = none, for a response is short
 LAM = 0.95  # GAE's lambda: 1.0 trusts what happened, 0.0 trusts the value head
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0 = off
 
@@ -124,7 +124,7 @@ REPORT_TO = []  # tensorboard, wandb, trackio: the metrics there too (pip instal
 
 # ------------------------------------------------------------ what the constants may be
 class Settings(TrainingSettings):
-    """The constants of this script beside those that others have too, in lower case."""
+    """What the constants of this script may be, beside those that others have too."""
 
     lora_rank: Whole = limits(1, 10**6)
     prompts: Texts
@@ -259,7 +259,7 @@ def load(
 
 
 def train(learner: Learner, rows: list[Row], metrics: Metrics, checkpoint: Checkpoint) -> None:
-    """Take PPO steps until the samples are used up; append the record of each to metrics."""
+    """Take all PPO steps that are left; append the record of each to metrics."""
     settings, optimizer = learner.settings, learner.trainer.optimizer
     total_steps = progress.count_steps(settings, rows)
     start = time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
@@ -292,7 +292,7 @@ def train(learner: Learner, rows: list[Row], metrics: Metrics, checkpoint: Check
                 progress.give_up_on_bad_numbers(metrics, "lower TARGET_APPROX_KL, or ")
                 set_learning_rate(optimizer, metrics, total_steps, settings)
 
-                # Nothing is saved right after numbers that were not finite.
+                # No regular checkpoint right after numbers that were not finite.
                 stop.agree()
                 is_due = settings.save_every > 0 and step % settings.save_every == 0
                 is_due = is_due and not stats["skipped_updates"]
@@ -340,7 +340,7 @@ class PolicyWithValueHead(torch.nn.Module):
     def __init__(self, model: Any, temperature: float) -> None:
         super().__init__(model, summary_dropout_prob=0.0)
         self.temperature = temperature
-        # That tells TRL that the base model is this one with its adapter off.
+        # This tells TRL that the base model is this one with its adapter off.
         self.is_peft_model = True
 
         # Random first values would be noise in the advantages: the head starts at zero.
@@ -365,7 +365,7 @@ class PolicyWithValueHead(torch.nn.Module):
 
         The value at t is what is still to come from token t on: a(h_t) + b(h_t) *
         earned_t, with h_t the hidden state before it, a and b learned. After a success
-        nothing is still to come, and only what was earned tells of one.
+        nothing is still to come, and what was earned tells it for certain.
         """
         model = self.pretrained_model
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -738,7 +738,7 @@ class ExactKLTrainer(trl.PPOTrainer):
         experience = Experience(logprobs, values, advantages, returns)
         updates, skipped_updates = self.take_updates(batch, experience, first_pass)
 
-        # 5. Metrics: means over the updates, but approx_kl, which is of the whole step.
+        # 5. Metrics: means over the updates, except approx_kl, which is of the whole step.
         means = dict(zip(UPDATE_METRICS, updates.mean(0).tolist()))
         means["approx_kl"] *= approx_kl_growth(len(updates))
         metrics = {
@@ -814,7 +814,7 @@ class ExactKLTrainer(trl.PPOTrainer):
     def policy_pass(self, batch: Batch, all_ref_logprobs: torch.Tensor) -> PolicyPass:
         """Return what the policy, as it is now, says of the responses of a minibatch."""
         all_logprobs, values = self.model(**batch.inputs)
-        # That is sum_v p(v) ln(p(v) / p_ref(v)) at each token, with its gradient.
+        # This is sum_v p(v) ln(p(v) / p_ref(v)) at each token, with its gradient.
         kl = self._kl_penalty(all_logprobs, all_ref_logprobs)
         logprobs = of_tokens(all_logprobs, batch.tokens)
         entropy = entropy_of(all_logprobs.detach())
@@ -931,13 +931,13 @@ class ExactKLTrainer(trl.PPOTrainer):
     ) -> tuple[list[float], list[float]]:
         """Return each response's KL(policy || base model) in nats, and base model's logprob.
 
-        is_base: the policy counts as the base model, which is no KL away.
+        is_base: measure the base model itself, whose KL is 0.
         """
         kls, ref_logprobs = [], []
         size = self.config.mini_batch_size
         for start in progress.progress(range(0, len(queries), size)):
             some_responses = responses[start : start + size]
-            # On what was earned the values alone depend.
+            # Only the values depend on what was earned, and they are not asked here.
             token_scores = [torch.zeros(len(response)) for response in some_responses]
             batch = self.make_batch(queries[start : start + size], some_responses, token_scores)
             all_ref_logprobs = self.ref_pass(batch.inputs)
@@ -962,7 +962,7 @@ def of_tokens(all_logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def entropy_of(logits: torch.Tensor) -> torch.Tensor:
     """Return the entropy in nats of the distributions over the last dimension.
 
-    It is measured alone: no bonus on it is needed where the KL holds the policy.
+    It is only measured: a bonus on it is not needed where the KL holds the policy.
     """
     probabilities = torch.softmax(logits, dim=-1)
     return torch.logsumexp(logits, dim=-1) - (probabilities * logits).sum(-1)
@@ -976,7 +976,7 @@ def make_trainer(
     dtype: str,
 ) -> ExactKLTrainer:
     """Return the trainer; its optimizer, TRL's Adam, has the adapter and the value head."""
-    # The loss is scaled in float16 alone, where gradients would vanish.
+    # The loss is scaled only in float16, where gradients would vanish.
     mixed_precision = "fp16" if dtype == "float16" else "no"
     config = trl.PPOConfig(
         seed=settings.seed,

@@ -106,7 +106,7 @@ def samples_of_step(
 ) -> list[Row]:
     """Return the lines of samples.jsonl for a step."""
     samples = []
-    for row, text, score, kl in zip(rows, texts, scores, kls):
+    for row, text, score, kl in zip(rows, texts, scores, kls, strict=True):
         sample = {
             "step": step,
             "prompt": row["prompt"],

@@ -48,11 +48,12 @@ class Trackers:
     def start(self, name: str) -> None:
         """Start a tracker by its name, which is that of its library."""
         tracker_class = LOGGER_TYPE_TO_CLASS[name]
-        self.trackers[name] = tracker_class(**self.options_of(name))
         try:
+            tracker = tracker_class(**self.options_of(name))
+            self.trackers[name] = tracker
             # Trackio has much to say.
             with redirect_stdout(io.StringIO()):
-                self.trackers[name].start()
+                tracker.start()
         except Exception as error:
             problem = f"REPORT_TO is {name}: it does not start ({shorten(error)})"
             raise RunError(f"{problem}: leave it out") from error

@@ -42,7 +42,7 @@ ONE_UPDATE = ["--ppo-epochs", "1", "--target-approx-kl", "0"]
 
 
 def t5_config(tokenizer):
-    """Return the shape of a tiny T5; as in the real ones, the decoder starts with the pad token."""
+    """Return the shape of a tiny T5; its decoder starts with the pad token, as in real ones."""
     return T5Config(
         vocab_size=len(tokenizer),
         d_model=64,
@@ -95,7 +95,7 @@ def end_queries(tokenizer):
 
 @pytest.fixture(scope="module")
 def folders(demo_model, tmp_path_factory):
-    """Return the folders of a random T5 and a random BART, with the tokenizer of demo_model."""
+    """Return the folders of a random T5 and a random BART."""
     tokenizer = end_queries(AutoTokenizer.from_pretrained(demo_model))
     configs = {"t5": t5_config(tokenizer), "bart": bart_config(tokenizer)}
     place = tmp_path_factory.mktemp("encoder_decoder")
@@ -141,7 +141,7 @@ def respond(built, key=(0, 0, 0)):
 
 
 def take_step(built, key=(0, 0, 0)):
-    """Take a PPO step on fresh responses, whose tokens earn something, and return its metrics."""
+    """Take a PPO step on fresh responses, whose tokens earn something; return its metrics."""
     queries, _, responses, _ = respond(built, key)
     token_scores = [torch.linspace(-1, 1.5, len(response)) for response in responses]
     metrics, _ = built.trainer.step(queries, responses, token_scores)
