@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.checks import check_alone, check_batches, check_device, check_output, check_trackers
+from finetune.checks import OF_TRAINING, check_alone
 from finetune.command import (
     is_script,
     launch,
@@ -78,15 +78,7 @@ class Settings(StageSettings):
     lora_rank: Whole = limits(0, 10**6)
 
 
-CHECKS = (
-    check_data,
-    check_head,
-    check_batches,
-    check_device,
-    check_trackers,
-    check_output,
-    check_alone,
-)
+CHECKS = (check_data, check_head, *OF_TRAINING, check_alone)
 
 if is_script(globals()):
     settings = settings_or_exit(globals(), Settings, CHECKS)

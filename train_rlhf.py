@@ -204,7 +204,7 @@ class Learner:
 
     @property
     def threshold(self) -> float | None:
-        """The score above which a response is a success, None where scores are graded."""
+        """The score above which a response is a success, None where there is none."""
         if self.settings.success_threshold == "auto":
             return self.scale.threshold
         return self.settings.success_threshold
@@ -580,7 +580,7 @@ def compute_advantages(
     # Many whiten advantages, which would blow up the noise of a batch of like scores:
     # these stay in units of the score. They are taken back from the returns, so that
     # policy loss and value loss work with the same rounded numbers.
-    advantages = (returns - values) * mask
+    advantages = returns - values
     return advantages, returns
 
 
@@ -817,7 +817,11 @@ class ExactKLTrainer(trl.PPOTrainer):
         # This is sum_v p(v) ln(p(v) / p_ref(v)) at each token, with its gradient.
         kl = self._kl_penalty(all_logprobs, all_ref_logprobs)
         logprobs = of_tokens(all_logprobs, batch.tokens)
-        entropy = entropy_of(all_logprobs.detach())
+
+        # It is told of updates alone.
+        entropy = torch.zeros_like(logprobs)
+        if torch.is_grad_enabled():
+            entropy = entropy_of(all_logprobs.detach())
         return PolicyPass(all_ref_logprobs, logprobs, values, kl, entropy)
 
     # ------------------------------------------------------------------- the updates

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.checks import check_alone, check_batches, check_device, check_output, check_trackers
+from finetune.checks import OF_TRAINING, check_alone
 from finetune.command import (
     is_script,
     launch,
@@ -87,15 +87,7 @@ class Settings(StageSettings):
     max_new_tokens: Whole = limits(1, 10**6, changeable=True)
 
 
-CHECKS = (
-    check_template,
-    read_examples,
-    check_batches,
-    check_device,
-    check_trackers,
-    check_output,
-    check_alone,
-)
+CHECKS = (check_template, read_examples, *OF_TRAINING, check_alone)
 
 if is_script(globals()):
     settings = settings_or_exit(globals(), Settings, CHECKS)

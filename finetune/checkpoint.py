@@ -141,7 +141,8 @@ def check_resume(settings: Any, steps: int, files: dict[str, str]) -> dict[str, 
 
     problems = []
     for name, value in fixed_settings(settings).items():
-        saved = saved_settings.get(name)
+        # What an older checkpoint does not know can't differ.
+        saved = saved_settings.get(name, value)
         if value != saved:
             problem = f"{name.upper()} is {shorten(value)}, but {shorten(saved)}"
             problems.append(f"{problem} in the checkpoint: give that or start anew")

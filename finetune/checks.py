@@ -30,7 +30,7 @@ def check_batches(batch_size: int, mini_batch_size: int) -> None:
         raise SettingsError(f"MINI_BATCH_SIZE is {mini_batch_size}: {remedy}")
 
 
-def check_alone(output_dir: str) -> None:
+def check_alone() -> None:
     """Refuse a launch of several processes."""
     if process_count() > 1:
         problem = f"WORLD_SIZE is {process_count()}: this stage is one process"

@@ -24,6 +24,10 @@ from finetune.processes import is_main_process
 from finetune.settings import Check, TrainingSettings, read_settings
 
 DONE, FAILED, REFUSED = 0, 1, 2
+DEFAULT_HANDLERS: dict[signal.Signals, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
 
 
 # ---------------------------------------------------------------------------- the start
@@ -38,17 +42,31 @@ def watch_the_start() -> None:
     That is a constant without its quotes, as in DEVICE = cpu, and Ctrl-C while
     libraries load.
     """
-    sys.excepthook = tell_missing_quotes
-    for number in (signal.SIGINT, signal.SIGTERM):
+    sys.excepthook = tell_in_a_line
+    for number in DEFAULT_HANDLERS:
         signal.signal(number, leave)
 
 
-def tell_missing_quotes(
+def stop_watching() -> None:
+    """Let signals do again what they do by default, where watch_the_start changed that."""
+    for number, handler in DEFAULT_HANDLERS.items():
+        if signal.getsignal(number) is leave:
+            signal.signal(number, handler)
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """End the reading of a file, where there is nothing to save."""
+    raise Stopped(number)
+
+
+def tell_in_a_line(
     error_class: type[BaseException],
     error: BaseException,
     trace: TracebackType | None,
 ) -> None:
-    """Tell in one line of a name that is not known in a line of the script; else as Python does."""
+    """Tell of a stop, or of a name that a line of the script does not know; else as Python does."""
+    if isinstance(error, Stopped):
+        sys.exit(stopped(error))
     place = traceback.extract_tb(trace)[-1]
     script = getattr(sys.modules["__main__"], "__file__", None)
     in_a_constant = (place.filename, place.name) == (script, "<module>")
@@ -57,11 +75,6 @@ def tell_missing_quotes(
         print(f'{line}: give "{error.name}", in quotes', file=sys.stderr)
         sys.exit(REFUSED)
     sys.__excepthook__(error_class, error, trace)
-
-
-def leave(number: int, frame: FrameType | None) -> None:
-    """End the process on a signal, where there is nothing to save."""
-    sys.exit(stopped(Stopped(number)))
 
 
 def settings_or_exit(
@@ -105,6 +118,7 @@ def run_main(
 
 def launch(run: Callable[[Any], None], settings: Any) -> int:
     """Do a run with settings that were checked; return the exit status."""
+    stop_watching()
     try:
         with stop_on_signal():
             silence_libraries()
@@ -145,6 +159,7 @@ def stopped(error: Stopped) -> int:
 
 def let_main_process_tell() -> None:
     """Wait in all processes but the main one, for a launcher ends all with the first that ends."""
+    stop_watching()
     if not is_main_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         time.sleep(8)

@@ -107,11 +107,12 @@ def read_prompts(
     """Return the rows to train on, the rows held out, and how many were read.
 
     Where PROMPTS names a file, EVAL_SHARE of all its rows is held out; else, or where
-    that is 0, EVAL_PROMPTS are. Empty prompts, and those that came before, are left out.
-    Raises SettingsError for what can't be read, and where both ways are wished for.
+    that is 0, EVAL_PROMPTS are, and nothing where these are []. Prompts that are empty, or
+    came before, are left out. Raises SettingsError also where both ways are wished for.
     """
     eval_source = "EVAL_PROMPTS"
-    if eval_share > 0 and any(is_file(entry) for entry in prompts):
+    has_file = any(is_file(entry) for entry in prompts)
+    if has_file and eval_prompts and eval_share > 0:
         check_eval_prompts(eval_prompts, eval_share)
         eval_source = "EVAL_SHARE"
 

@@ -51,8 +51,7 @@ def announce(
 
     held_out = f"{len(eval_rows)} held out"
     if prompts.eval_source == "EVAL_SHARE":
-        held_out += f": EVAL_SHARE {settings.eval_share:g}"
-        held_out += ", in place of EVAL_PROMPTS" if settings.eval_prompts else ""
+        held_out += f": EVAL_SHARE {settings.eval_share:g}, in place of EVAL_PROMPTS"
     left_out = prompts.count - len(rows) - len(eval_rows)
     if left_out:
         held_out += f", {left_out} left out: empty, given twice or too long"

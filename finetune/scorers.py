@@ -36,9 +36,6 @@ class Scale:
         return scaled.asinh() if self.graded else scaled
 
 
-AS_IT_IS = Scale()  # no scale at all
-
-
 def scale_of(scores: torch.Tensor) -> Scale:
     """Return the scale for scores of the base model's samples; print what it does.
 

@@ -76,6 +76,12 @@ Whole = Annotated[int, BeforeValidator(Converter(to_number))]
 Number = Annotated[float, BeforeValidator(Converter(to_number)), Field(allow_inf_nan=False)]
 NumberOrAuto = Literal["auto"] | Annotated[Number, Field(ge=-(10**15), le=10**15)]
 
+Quantization = Annotated[Literal["none", "8bit", "4bit"], BeforeValidator(Converter(to_text))]
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], BeforeValidator(Converter(to_text))]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(Converter(to_text))
+]
+
 MILLION = 10**6
 CHANGEABLE: dict[str, Any] = {"changeable": True}
 
@@ -98,9 +104,9 @@ class CommonSettings(BaseModel):
 
     model_name: Text
     output_dir: Text = changeable()
-    quantization: Literal["none", "8bit", "4bit"]
-    device: Literal["auto", "cpu", "cuda", "mps"] = changeable()
-    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    quantization: Quantization
+    device: Device = changeable()
+    dtype: Dtype
     seed: Whole = limits(0, 2**32 - 1)
     resume: Switch = changeable()
     log_every: Whole = limits(1, MILLION, changeable=True)

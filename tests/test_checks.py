@@ -75,11 +75,11 @@ def test_batches_with_fewer_responses_than_there_are_processes(monkeypatch, size
 
 
 def test_a_script_that_is_one_process_is_no_launch_of_several(monkeypatch):
-    assert problem_of(checks.check_alone, "out") is None
+    assert problem_of(checks.check_alone) is None
     assert problem_of(make_instructions.check_machine, "cpu", "float32") is None
     monkeypatch.setenv("WORLD_SIZE", "2")
     alone = "this stage is one process: start it with python"
-    assert problem_of(checks.check_alone, "out") == f"WORLD_SIZE is 2: {alone}"
+    assert problem_of(checks.check_alone) == f"WORLD_SIZE is 2: {alone}"
     single = "start a single process, with python alone"
     problem = problem_of(make_instructions.check_machine, "cpu", "float32")
     assert problem == f"WORLD_SIZE is 2: {single}"

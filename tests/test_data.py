@@ -29,8 +29,7 @@ TURNS = [SYSTEM, USER]
 MARK = "\ufeff"  # the byte order mark
 NUMBERS = [f"Number {i} is" for i in range(41)]
 A_TENTH = [NUMBERS[i] for i in numpy.random.default_rng(0).permutation(41)[:5]]
-BY_SHARE = "36 to train on, 5 held out: EVAL_SHARE 0.1"
-IN_PLACE = f"{BY_SHARE}, in place of EVAL_PROMPTS"
+IN_PLACE = "36 to train on, 5 held out: EVAL_SHARE 0.1, in place of EVAL_PROMPTS"
 NO_SHARE = ["--eval-share", "0"]
 
 
@@ -51,7 +50,12 @@ def write(tmp_path, monkeypatch):
 
 
 def read(*prompts, eval_prompts=(), share=0, field="auto", seed=0):
-    """Return the rows to train on, those held out, and how many were left out."""
+    """Return the rows to train on, those held out, and how many were left out.
+
+    A share is held out in place of EVAL_PROMPTS; where these are [], nothing is.
+    """
+    if share and not eval_prompts:
+        eval_prompts = EVAL_PROMPTS
     rows, eval_rows, count, _ = read_prompts([*prompts], [*eval_prompts], share, field, seed)
     return rows, eval_rows, count - len(rows) - len(eval_rows)
 
@@ -384,7 +388,7 @@ def test_a_file_to_measure_on_beside_a_share_is_refused(numbers, write, read_set
         (["One"], ["--eval-prompts", "p.txt"], NUMBERS, "1 to train on, 41 held out"),
         (["p.txt"], [], A_TENTH, IN_PLACE),
         (["p.txt"], ["--eval-prompts", "A"], A_TENTH, IN_PLACE),
-        (["p.txt"], ["--eval-prompts"], A_TENTH, BY_SHARE),
+        (["p.txt"], ["--eval-prompts"], [], "41 to train on, 0 held out"),
         (["p.txt"], NO_SHARE, EVAL_PROMPTS, "41 to train on, 6 held out"),
         (["p.txt"], [*NO_SHARE, "--eval-prompts"], [], "41 to train on, 0 held out"),
         (["p.txt"], [*NO_SHARE, "--eval-prompts", "A"], ["A"], "41 to train on, 1 held out"),
