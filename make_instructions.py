@@ -85,6 +85,7 @@ def check_machine(device: str, dtype: str) -> None:
 
 CHECKS = (read_seed_tasks, check_machine, check_output)
 
+# The libraries below take seconds to load: --help and bad settings are answered before.
 if command.is_script(globals()):
     settings = command.settings_or_exit(globals(), Settings, CHECKS)
 command.silence_loggers()

@@ -16,21 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune import command
 from finetune.checks import OF_TRAINING, check_alone
-from finetune.command import (
-    is_script,
-    launch,
-    run_main,
-    settings_or_exit,
-    silence_loggers,
-    watch_the_start,
-)
 from finetune.comparisons import check_data, check_head, pairs_of, read_comparisons, tokenize
 from finetune.data import Row
 from finetune.settings import StageSettings, TextsOrNone, Whole, changeable, limits
 
-if is_script(globals()):
-    watch_the_start()
+if command.is_script(globals()):
+    command.watch_the_start()
 
 # --- Model
 MODEL_NAME = "sft_model"  # a language model or a classifier: a folder, or a name on the Hub
@@ -80,9 +73,10 @@ class Settings(StageSettings):
 
 CHECKS = (check_data, check_head, *OF_TRAINING, check_alone)
 
-if is_script(globals()):
-    settings = settings_or_exit(globals(), Settings, CHECKS)
-silence_loggers()
+# The libraries below take seconds to load: --help and bad settings are answered before.
+if command.is_script(globals()):
+    settings = command.settings_or_exit(globals(), Settings, CHECKS)
+command.silence_loggers()
 
 import torch
 import transformers
@@ -280,10 +274,10 @@ The model is beside report.json and training.png. To train on it, and to score t
 
 def main(argv: Sequence[str] = ()) -> int:
     """Learn by the constants, overridden by flags in argv; return the exit status."""
-    return run_main(run, argv, globals(), Settings, CHECKS)
+    return command.run_main(run, argv, globals(), Settings, CHECKS)
 
 
-if is_script(globals()):
-    sys.exit(launch(run, settings))
+if command.is_script(globals()):
+    sys.exit(command.launch(run, settings))
 elif __name__ == "__main__":  # a cell of a notebook
     main()

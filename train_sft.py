@@ -16,22 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune import command
 from finetune.checks import OF_TRAINING, check_alone
-from finetune.command import (
-    is_script,
-    launch,
-    run_main,
-    settings_or_exit,
-    silence_loggers,
-    watch_the_start,
-)
 from finetune.data import Row
 from finetune.errors import blame
 from finetune.examples import chat_template_of, check_template, read_examples, tokenize
 from finetune.settings import StageSettings, Switch, Text, Whole, limits
 
-if is_script(globals()):
-    watch_the_start()
+if command.is_script(globals()):
+    command.watch_the_start()
 
 # --- Model
 MODEL_NAME = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"  # a name on the Hub, or a local folder
@@ -89,9 +82,10 @@ class Settings(StageSettings):
 
 CHECKS = (check_template, read_examples, *OF_TRAINING, check_alone)
 
-if is_script(globals()):
-    settings = settings_or_exit(globals(), Settings, CHECKS)
-silence_loggers()
+# The libraries below take seconds to load: --help and bad settings are answered before.
+if command.is_script(globals()):
+    settings = command.settings_or_exit(globals(), Settings, CHECKS)
+command.silence_loggers()
 
 import torch
 import transformers
@@ -275,10 +269,10 @@ The model is beside report.json and training.png. To load it:
 
 def main(argv: Sequence[str] = ()) -> int:
     """Fine-tune by the constants, overridden by flags in argv; return the exit status."""
-    return run_main(run, argv, globals(), Settings, CHECKS)
+    return command.run_main(run, argv, globals(), Settings, CHECKS)
 
 
-if is_script(globals()):
-    sys.exit(launch(run, settings))
+if command.is_script(globals()):
+    sys.exit(command.launch(run, settings))
 elif __name__ == "__main__":  # a cell of a notebook
     main()

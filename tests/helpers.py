@@ -50,3 +50,18 @@ def refusals(status, stderr):
     assert (status, first) == (2, REFUSED)
     assert all(line.startswith("- ") for line in lines)
     return [line.removeprefix("- ") for line in lines]
+
+
+def make_batch(built, queries, responses):
+    """Return responses as a batch, each token of which earns 1."""
+    token_scores = [torch.ones(len(response)) for response in responses]
+    return built.trainer.make_batch(queries, responses, token_scores)
+
+
+def evaluate(built, queries, responses):
+    """Return all logprobs and values of each response, of padded ones in a batch."""
+    batch = make_batch(built, queries, responses)
+    with torch.no_grad():
+        all_logprobs, values = built.policy(**batch.inputs)
+    rows = zip(all_logprobs, values, batch.mask.bool())
+    return [(logprobs[where], value[where]) for logprobs, value, where in rows]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import greedy, read_metrics, refusals
+from helpers import evaluate, greedy, make_batch, read_metrics, refusals
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -166,21 +166,6 @@ def trained(request, demo_tokenizer, build, read_settings, tmp_path_factory):
 
 def encode(tokenizer, texts):
     return [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
-
-
-def make_batch(built, queries, responses):
-    """Return responses as a batch, each token of which earns 1."""
-    token_scores = [torch.ones(len(response)) for response in responses]
-    return built.trainer.make_batch(queries, responses, token_scores)
-
-
-def evaluate(built, queries, responses):
-    """Return all logprobs and values of each response, of padded ones in a batch."""
-    batch = make_batch(built, queries, responses)
-    with torch.no_grad():
-        all_logprobs, values = built.policy(**batch.inputs)
-    rows = zip(all_logprobs, values, batch.mask.bool())
-    return [(logprobs[where], value[where]) for logprobs, value, where in rows]
 
 
 def next_logits(model, tokenizer):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import refusals
+from helpers import evaluate, make_batch, refusals
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
@@ -25,21 +25,6 @@ def weights_of(policy, trained):
 
 def ask(tokenizer, *prompts):
     return [tokenizer(prompt, return_tensors="pt")["input_ids"][0] for prompt in prompts]
-
-
-def make_batch(built, queries, responses):
-    """Return responses as a batch, each token of which earns 1."""
-    token_scores = [torch.ones(len(response)) for response in responses]
-    return built.trainer.make_batch(queries, responses, token_scores)
-
-
-def evaluate(built, queries, responses):
-    """Return all logprobs and values of each response, of padded ones in a batch."""
-    batch = make_batch(built, queries, responses)
-    with torch.no_grad():
-        all_logprobs, values = built.policy(**batch.inputs)
-    rows = zip(all_logprobs, values, batch.mask.bool())
-    return [(logprobs[where], value[where]) for logprobs, value, where in rows]
 
 
 @pytest.fixture(scope="session")
