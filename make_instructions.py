@@ -56,7 +56,7 @@ LOG_EVERY = 1  # requests between two lines of progress
 RESUME = False  # go on after the last whole line of answers.jsonl in OUTPUT_DIR
 
 
-# ------------------------------------------------------------------------------------ the settings
+# ------------------------------------------------------------------------- the settings
 class Settings(CommonSettings):
     """What the constants may be, and which of them --resume may change."""
 
@@ -110,7 +110,7 @@ from finetune.self_instruct import (
 from finetune.writer import Writer
 
 
-# ----------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------ the run
 def run(settings: Settings) -> None:
     """Do the whole run: load, ask, filter, write down, report."""
     # Look at the earlier run before anything is loaded.
@@ -231,7 +231,7 @@ def write_instances(candidates: list[Row], writer: Writer, tasks: list[Row]) -> 
             candidate["dropped"] = "no instance kept"
 
 
-# ---------------------------------------------------------------------------- screen and report
+# -------------------------------------------------------------------- screen and report
 def announce(
     writer: Writer,
     settings: Settings,

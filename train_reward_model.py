@@ -63,7 +63,7 @@ RESUME = False  # go on from the checkpoint in OUTPUT_DIR
 REPORT_TO = []  # tensorboard, wandb, trackio: the metrics there too (pip install them); [] = off
 
 
-# ------------------------------------------------------------------------------------ the settings
+# ------------------------------------------------------------------------- the settings
 class Settings(StageSettings):
     """What the constants may be, and which of them --resume may change."""
 
@@ -87,12 +87,12 @@ from finetune.checkpoint import check_resume, hash_files
 from finetune.heads import load_with_head, save_with_head, show_scores
 from finetune.held_out import calibration, compare_figures, draw, guessing, ratio, short_line
 from finetune.output import claim_output, describe_run, whole_results, write_report
-from finetune.processes import is_main_process, join_processes, pick_device
+from finetune.processes import join_processes, pick_device
 from finetune.progress import Metrics, count_steps, progress
 from finetune.supervised import Stage, announce, fit
 
 
-# ----------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------ the run
 def run(settings: Settings) -> None:
     """Do the whole run: read, tokenize, measure, train, measure again, save, show."""
     device_type, dtype = pick_device(settings.device, settings.dtype)
@@ -130,15 +130,15 @@ def run(settings: Settings) -> None:
         scale = {"score_mean": trained["score_mean"], "score_std": trained["score_std"]}
         model.config.update(scale | {"score_accuracy": trained["accuracy"]})
         report = make_report(stage, metrics, base, trained)
-        if is_main_process():
-            with whole_results(settings.output_dir) as folder:
-                save_with_head(model, tokenizer, settings, folder)
-                draw(report, metrics, folder / "training.png")
-                write_report(report, summarize(report), folder)
+        # This stage is a single process, so there is no other that would write too.
+        with whole_results(settings.output_dir) as folder:
+            save_with_head(model, tokenizer, settings, folder)
+            draw(report, metrics, folder / "training.png")
+            write_report(report, summarize(report), folder)
         print(summarize(report), flush=True)
 
 
-# ---------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------- the loss
 class ComparisonTrainer(transformers.Trainer):
     """The Trainer of transformers with the loss of Bradley and Terry (1952)."""
 
@@ -168,7 +168,7 @@ def margins_of(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torc
     return margins.index_add(0, owners, signs * scores), scores
 
 
-# --------------------------------------------------------------------------------- the measurement
+# ---------------------------------------------------------------------- the measurement
 @dataclass(frozen=True)
 class HeldOut:
     """The model to measure, and the comparisons that are held out."""
@@ -224,7 +224,7 @@ class HeldOut:
         return torch.tensor(margins, dtype=torch.float64), scores
 
 
-# -------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------- the report
 def make_report(stage: Stage, metrics: Metrics, base: Row, trained: Row) -> Row:
     """Return the content of report.json; base and trained are what was measured."""
     # Of a few comparisons all may be right by chance, with a standard error of 0.
@@ -240,13 +240,19 @@ def make_report(stage: Stage, metrics: Metrics, base: Row, trained: Row) -> Row:
 
 def summarize(report: Row) -> str:
     """Return the result in Markdown, what to try, and the line that trains on it."""
-    settings, base, trained = report["settings"], report["base"], report["trained"]
-    lines = [f"# A reward model from {Path(settings['data']).name}", ""]
+    settings = report["settings"]
+    base = report["base"]
+    trained = report["trained"]
+    source = Path(settings["data"]).name
+    lines = [f"# A reward model from {source}", ""]
     figures = ["accuracy", "standard_error", "guessing", "loss", "margin"]
     lines += compare_figures(base, trained, figures)
 
-    where = f"{report['samples']} comparisons in {report['seconds']:.0f} seconds"
-    lines += ["", f"{where} on {report['device']}, seed {settings['seed']}.", ""]
+    samples = report["samples"]
+    seconds = report["seconds"]
+    where = f"{samples} comparisons in {seconds:.0f} seconds"
+    where += f" on {report['device']}, seed {settings['seed']}."
+    lines += ["", where, ""]
     lines += ["The held-out texts that score highest and lowest:", ""]
     for text, score in trained["first_sample"].items():
         lines.append(f"    {score:+6.2f}  {short_line(text)}")
@@ -255,7 +261,8 @@ def summarize(report: Row) -> str:
     if not report["learned"]:
         remedy = "take more comparisons or TRAINING_EPOCHS"
         advice = f"\nThat is no better than guessing: {remedy}."
-    accuracy = f"{trained['accuracy']:.1%} ± {trained['standard_error']:.1%}"
+    accuracy = f"{trained['accuracy']:.1%}"
+    accuracy += f" ± {trained['standard_error']:.1%}"
     comparisons = f"{trained['comparisons']} held-out comparisons"
     by_chance = f"guessing is right in {trained['guessing']:.0%}"
     scale = f"(raw - {trained['score_mean']:.3f}) / {trained['score_std']:.3f}"

@@ -70,7 +70,7 @@ RESUME = False  # go on from the checkpoint in OUTPUT_DIR
 REPORT_TO = []  # tensorboard, wandb, trackio: the metrics there too (pip install them); [] = off
 
 
-# ------------------------------------------------------------------------------------ the settings
+# ------------------------------------------------------------------------- the settings
 class Settings(StageSettings):
     """What the constants may be, and which of them --resume may change."""
 
@@ -103,7 +103,7 @@ from finetune.supervised import Stage, announce, fit
 from finetune.tokens import end_tokens, load_tokenizer
 
 
-# ----------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------ the run
 def run(settings: Settings) -> None:
     """Do the whole run: read, tokenize, measure, train, measure again, save, show."""
     rows, eval_rows, left_out = read_examples(
@@ -154,7 +154,7 @@ def run(settings: Settings) -> None:
         print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
 
 
-# --------------------------------------------------------------------------------- the measurement
+# ---------------------------------------------------------------------- the measurement
 @dataclass(frozen=True)
 class HeldOut:
     """The model to measure, and the examples that are held out, with their rows."""
@@ -210,7 +210,7 @@ class HeldOut:
         )
 
 
-# -------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------- the report
 def make_report(
     stage: Stage,
     metrics: Metrics,

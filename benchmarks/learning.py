@@ -169,12 +169,14 @@ def main():
     add = parser.add_argument
     add("--ablation", action="store_true", help="all variants in place of the defaults alone")
     add("--seeds", type=int, default=5, help="seeds 0 to this less one (default: %(default)s)")
+    names = list(MODELS)
+    add("--models", nargs="+", choices=names, default=names, help="which models (default: all)")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: %(default)s)")
     options, flags = parser.parse_known_args()
     variants = list(VARIANTS) if options.ablation else list(VARIANTS)[:1]
-    models = [model for model in MODELS if STORIES.is_dir() or model == "demo_model"]
+    models = [name for name in options.models if STORIES.is_dir() or name == "demo_model"]
     if options.ablation:
-        models = models[:2]
+        models = [name for name in models if name != "stories260K, default prompts"]
     tasks = [(m, v, seed) for m in models for v in variants for seed in range(options.seeds)]
     with ThreadPoolExecutor(options.jobs) as pool:
         results = dict(zip(tasks, pool.map(lambda task: run(*task, flags), tasks)))

@@ -20,7 +20,7 @@ REMEDY = "give rows with chosen and rejected, completion_0 … and ranking, or t
 LABELS = {"0": False, "False": False, "1": True, "True": True}
 
 
-# ----------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------ reading
 def read_comparisons(
     data: str,
     eval_share: float,
@@ -126,7 +126,7 @@ def joined_text(before: str, answer: str) -> str:
     return f"{before} {answer}"
 
 
-# -------------------------------------------------------------------------------------- the checks
+# --------------------------------------------------------------------------- the checks
 def check_data(
     score: list[str],
     output_dir: str,
@@ -149,7 +149,7 @@ def check_head(quantization: str, lora_rank: int) -> None:
         raise SettingsError(f"QUANTIZATION is {quantization}: {remedy}")
 
 
-# -------------------------------------------------------------------------------------- the tokens
+# --------------------------------------------------------------------------- the tokens
 def pairs_of(rows: list[list[Pair]]) -> list[tuple[int, str | None, str | None]]:
     """Return (row's number, better text, worse text) for each comparison of the rows."""
     pairs = []

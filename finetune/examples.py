@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 )
 
 
-# ----------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------ reading
 def read_examples(
     data: str,
     template: str,
@@ -107,7 +107,7 @@ def example_of(prompt: str, answer: str, shown: str) -> Row | None:
     return {"prompt": prompt, "answer": answer, "shown": shown}
 
 
-# ---------------------------------------------------------------------------------------- template
+# ----------------------------------------------------------------------------- template
 def fill(template: str, instruction: str, input_text: str) -> str:
     """Return the template with an instruction, and its input where there is one."""
     if input_text and "{input}" not in template:
@@ -168,7 +168,7 @@ def as_literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-# -------------------------------------------------------------------------------------- the tokens
+# --------------------------------------------------------------------------- the tokens
 def tokenize(
     tokenizer: "transformers.PreTrainedTokenizerBase",
     rows: list[Row],

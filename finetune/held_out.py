@@ -13,7 +13,7 @@ from finetune.progress import Metrics, recent
 from finetune.tokens import texts_of
 
 
-# ------------------------------------------------------------------------------------- the figures
+# -------------------------------------------------------------------------- the figures
 def ratio(sums: list[float], counts: list[int]) -> tuple[float, float]:
     """Return the mean over all that is counted, and its standard error over the groups of it.
 
@@ -71,7 +71,7 @@ def compare_figures(base: Row, trained: Row, names: list[str]) -> list[str]:
     return lines
 
 
-# ------------------------------------------------------------------------------------- the answers
+# -------------------------------------------------------------------------- the answers
 def answers(
     model: Any,
     tokenizer: transformers.PreTrainedTokenizerBase,
@@ -136,7 +136,7 @@ def short_line(text: str) -> str:
     return shorten(" ".join(text.split()))
 
 
-# ------------------------------------------------------------------------------------- the picture
+# -------------------------------------------------------------------------- the picture
 def draw(report: Row, metrics: Metrics, path: Path) -> None:
     """Draw loss or accuracy over the examples, and whether the model is as sure as it should be."""
     # It takes a second to load.

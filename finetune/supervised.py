@@ -53,7 +53,7 @@ class Training:
         self.checkpoint.save(self.metrics, base=self.base)
 
 
-# ------------------------------------------------------------------------------------ the training
+# ------------------------------------------------------------------------- the training
 def fit(
     stage: Stage,
     trainer_class: type[transformers.Trainer] = transformers.Trainer,
@@ -176,7 +176,7 @@ def order_of(examples: list[Row], total: int, settings: StageSettings) -> list[i
     return order[:count]
 
 
-# -------------------------------------------------------------------------------------- the record
+# --------------------------------------------------------------------------- the record
 class Recorder(transformers.TrainerCallback):
     """What is done around each step of transformers' Trainer: records, checkpoints, stops."""
 
@@ -280,7 +280,7 @@ class Recorder(transformers.TrainerCallback):
         self.log.write(metrics, text)
 
 
-# -------------------------------------------------------------------------------------- the screen
+# --------------------------------------------------------------------------- the screen
 def announce(stage: Stage, dtype: str, data: str, left_out: Counter[str]) -> None:
     """Print what is going to happen.
 

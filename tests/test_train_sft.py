@@ -239,13 +239,14 @@ def test_conversations_are_learned_up_to_the_end_of_the_template(teach, gpt2, tm
 
 
 # ------------------------------------------- a model nobody here trained
-def test_alpaca_teaches_a_small_model(teach, shared, shared_model):
+@pytest.mark.parametrize("bits", ["none", "8bit"][: 1 + FULL])
+def test_alpaca_teaches_a_small_model(teach, shared, shared_model, bits):
     """It gets the 200 shortest of the first thousand rows."""
     path = shared("data/alpaca_5000.json")
     rows = json.loads(path.read_text(encoding="utf-8"))[:1000]
     rows = sorted(rows, key=lambda row: len("".join(row.values())))[:200]
     flags = ["--learning-rate", 3e-3, "--batch-size", 32, "--max-new-tokens", 2]
-    flags += ["--training-epochs", 1, "--quantization", "8bit" if FULL else "none"]
+    flags += ["--training-epochs", 1, "--quantization", bits]
     report = teach(shared_model("stories260K"), rows, *flags).report
     assert report["trained"]["loss"] < report["base"]["loss"] - 0.3
     assert report["learned"] is True
