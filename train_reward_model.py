@@ -87,7 +87,7 @@ from finetune.checkpoint import check_resume, hash_files
 from finetune.heads import load_with_head, save_with_head, show_scores
 from finetune.held_out import calibration, compare_figures, draw, guessing, ratio, short_line
 from finetune.output import claim_output, describe_run, whole_results, write_report
-from finetune.processes import join_processes, pick_device
+from finetune.processes import is_main_process, join_processes, pick_device
 from finetune.progress import Metrics, count_steps, progress
 from finetune.supervised import Stage, announce, fit
 
@@ -130,11 +130,11 @@ def run(settings: Settings) -> None:
         scale = {"score_mean": trained["score_mean"], "score_std": trained["score_std"]}
         model.config.update(scale | {"score_accuracy": trained["accuracy"]})
         report = make_report(stage, metrics, base, trained)
-        # This stage is a single process, so there is no other that would write too.
-        with whole_results(settings.output_dir) as folder:
-            save_with_head(model, tokenizer, settings, folder)
-            draw(report, metrics, folder / "training.png")
-            write_report(report, summarize(report), folder)
+        if is_main_process():
+            with whole_results(settings.output_dir) as folder:
+                save_with_head(model, tokenizer, settings, folder)
+                draw(report, metrics, folder / "training.png")
+                write_report(report, summarize(report), folder)
         print(summarize(report), flush=True)
 
 

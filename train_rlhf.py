@@ -446,7 +446,7 @@ def sample_and_score(rows: list[Row], numbers: torch.Tensor, learner: Learner) -
         tokenizer,
         queries,
         numbers,
-        batch_size=settings.mini_batch_size or settings.batch_size,
+        batch_size=settings.rows_at_once,
     )
     scores, token_scores = score_responses(
         learner.scorer,
@@ -729,7 +729,6 @@ class ExactKLTrainer(trl.PPOTrainer):
         rewards = batch.token_scores - config.init_kl_coef * kl
 
         # 3. Advantages and returns.
-        values = values * batch.mask
         advantages, returns = compute_advantages(
             values, rewards, batch.mask, gamma=config.gamma, lam=config.lam
         )
@@ -985,7 +984,7 @@ def make_trainer(
     config = trl.PPOConfig(
         seed=settings.seed,
         batch_size=settings.batch_size,
-        mini_batch_size=settings.mini_batch_size or settings.batch_size,
+        mini_batch_size=settings.rows_at_once,
         ppo_epochs=settings.ppo_epochs,
         learning_rate=settings.learning_rate,
         max_grad_norm=settings.max_grad_norm,

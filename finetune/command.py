@@ -192,7 +192,7 @@ def memory_remedy(settings: Any) -> str:
     if not isinstance(settings, TrainingSettings):
         now = f"it is {settings.batch_size}"
         return f"lower BATCH_SIZE ({now}), or start anew with QUANTIZATION 4bit or a smaller model"
-    now = f"it is {settings.mini_batch_size or settings.batch_size}"
+    now = f"it is {settings.rows_at_once}"
     lower = f"lower MINI_BATCH_SIZE ({now}) or EVAL_BATCH_SIZE ({settings.eval_batch_size})"
     anew = f"QUANTIZATION 4bit, a BATCH_SIZE below {settings.batch_size} or a smaller model"
     return f"{lower} and go on, or start anew with {anew}"

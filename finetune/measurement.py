@@ -134,9 +134,7 @@ def warnings_of(metrics: Metrics, max_new_tokens: int) -> list[str]:
         lines.append(f"updates skipped, since their numbers were not finite: {skipped_updates}")
 
     # More than a nat per token is far away. It is told once, when it gets there.
-    kl, kl_before = recent(metrics, "kl"), math.nan
-    if len(metrics) > 1:
-        kl_before = recent(metrics[:-1], "kl")
+    kl, kl_before = recent(metrics, "kl"), recent(metrics[:-1], "kl")
     if kl > max_new_tokens and not kl_before > max_new_tokens:
         lines.append(f"the KL has run away to {kl:.1f} nats: lower TARGET_APPROX_KL, raise KL_COEF")
 

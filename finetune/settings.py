@@ -128,6 +128,11 @@ class TrainingSettings(CommonSettings):
     save_adapter: Switch = changeable()
     report_to: TextsOrNone = changeable()
 
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows of a batch are passed at once: all where MINI_BATCH_SIZE is 0."""
+        return self.mini_batch_size or self.batch_size
+
 
 class StageSettings(TrainingSettings):
     """What the constants of the two stages before PPO may be."""

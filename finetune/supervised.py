@@ -134,13 +134,12 @@ def make_trainer(
 def make_arguments(stage: Stage, steps: int) -> TrainingArguments:
     """Return the arguments of Trainer for so many steps."""
     model, settings = stage.model, stage.settings
-    mini_batch_size = settings.mini_batch_size or settings.batch_size
     arguments = TrainingArguments(
         output_dir=settings.output_dir,
         max_steps=steps,
         train_sampling_strategy="sequential",
-        per_device_train_batch_size=mini_batch_size,
-        gradient_accumulation_steps=settings.batch_size // mini_batch_size,
+        per_device_train_batch_size=settings.rows_at_once,
+        gradient_accumulation_steps=settings.batch_size // settings.rows_at_once,
         max_grad_norm=settings.max_grad_norm,
         activation_checkpointing=settings.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
