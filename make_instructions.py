@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune import command
-from finetune.checks import check_device, check_output
-from finetune.errors import SettingsError, shorten
-from finetune.seed_tasks import read_seed_tasks
+from finetune.checks import check_alone, check_device, check_output
+from finetune.errors import shorten
+from finetune.seed_tasks import SeedTasks, read_seed_tasks, texts_in
 from finetune.settings import CommonSettings, Number, Text, TextsOrNone, Whole, changeable, limits
 
 if command.is_script(globals()):
@@ -74,16 +74,7 @@ class Settings(CommonSettings):
     unanswerable: TextsOrNone
 
 
-def check_machine(device: str, dtype: str) -> None:
-    """Refuse a device or a dtype that is not there, and several processes."""
-    check_device(device, dtype)
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        remedy = "start a single process, with python alone"
-        raise SettingsError(f"WORLD_SIZE is {processes}: {remedy}")
-
-
-CHECKS = (read_seed_tasks, check_machine, check_output)
+CHECKS = (read_seed_tasks, check_device, check_alone, check_output)
 
 # The libraries below take seconds to load: --help and bad settings are answered before.
 if command.is_script(globals()):
@@ -93,7 +84,7 @@ command.silence_loggers()
 import torch
 
 from finetune.answers import add_record, make_report, open_answers, read_answers, save_report, tally
-from finetune.data import Row
+from finetune.files import Row
 from finetune.output import claim_output
 from finetune.processes import device_name, join_processes, pick_device
 from finetune.self_instruct import (
@@ -114,18 +105,19 @@ from finetune.writer import Writer
 def run(settings: Settings) -> None:
     """Do the whole run: load, ask, filter, write down, report."""
     # Look at the earlier run before anything is loaded.
-    tasks = read_seed_tasks(settings.seed_tasks)
+    seeds = read_seed_tasks(settings.seed_tasks)
+    tasks = seeds.tasks
     if settings.resume:
         read_answers(settings, tasks)
 
     device_type, dtype = pick_device(settings.device, settings.dtype)
     device = join_processes(device_type)
     machine = device_name(device)
-    writer = Writer(settings, device, dtype, shortest_prompt=list_prompt([]))
+    writer = Writer(settings, device, dtype, list_prompt([]), texts_in(tasks))
 
     with claim_output(settings.output_dir, settings.resume):
         records = open_answers(settings, tasks)
-        announce(writer, settings, tasks, records, machine, dtype)
+        announce(writer, settings, seeds, records, machine, dtype)
         before = len(records)
         start = time.perf_counter()
         try:
@@ -235,15 +227,16 @@ def write_instances(candidates: list[Row], writer: Writer, tasks: list[Row]) -> 
 def announce(
     writer: Writer,
     settings: Settings,
-    tasks: list[Row],
+    seeds: SeedTasks,
     records: list[Row],
     machine: str,
     dtype: str,
 ) -> None:
     """Print what is going to happen, and on which machine: the device in words."""
     print(f"Model     {settings.model_name}, {dtype} weights, on {machine}")
+    print(f"Seeds     {len(seeds.tasks)} tasks{seeds.tally.in_words()}")
     print(f"Requests  {settings.requests}, seed {settings.seed}")
-    examples = [task["instruction"] for task in tasks][: settings.examples]
+    examples = [task["instruction"] for task in seeds.tasks][: settings.examples]
     _, fitting = writer.fill(list_prompt, examples)
     if fitting < len(examples) or writer.new_tokens < settings.max_new_tokens:
         room = f"about {fitting} examples fit into the rest"

@@ -18,8 +18,10 @@ from typing import Any
 
 from finetune import command
 from finetune.checks import OF_TRAINING, check_alone
-from finetune.comparisons import check_data, check_head, pairs_of, read_comparisons, tokenize
-from finetune.data import Row
+from finetune.comparisons import COMPARISONS, check_data, check_head
+from finetune.data import read_data
+from finetune.errors import blame
+from finetune.files import Row, hash_files
 from finetune.settings import StageSettings, TextsOrNone, Whole, changeable, limits
 
 if command.is_script(globals()):
@@ -37,7 +39,7 @@ DEVICE = "auto"  # cuda, mps (Apple) or cpu; auto = cuda where there is one, els
 DTYPE = "auto"  # float32, bfloat16, float16; auto = 16 bits on a GPU or a CPU with AMX, else 32
 
 # --- Data
-DATA = "pairs.jsonl"  # a .jsonl, .json, .csv or .parquet file of comparisons, or lines "1 a text"
+DATA = "pairs.jsonl"  # a file of comparisons: .jsonl, .csv, .parquet, …; or a name on the Hub
 EVAL_SHARE = 0.1  # of the rows, drawn by SEED: never trained on, but measured
 MAX_LENGTH = 512  # tokens of a text; longer ones lose their beginning
 
@@ -83,9 +85,11 @@ import transformers
 from torch.nn.functional import logsigmoid, softplus
 
 from finetune.batches import ComparisonCollator
-from finetune.checkpoint import check_resume, hash_files
+from finetune.checkpoint import check_resume
 from finetune.heads import load_with_head, save_with_head, show_scores
-from finetune.held_out import calibration, compare_figures, draw, guessing, ratio, short_line
+from finetune.held_out import calibration, compare_figures, draw, end_line, guessing, ratio
+from finetune.judged import row_count, sequences_of, tokenize_comparisons
+from finetune.loading import check_ids
 from finetune.output import claim_output, describe_run, whole_results, write_report
 from finetune.processes import is_main_process, join_processes, pick_device
 from finetune.progress import Metrics, count_steps, progress
@@ -101,15 +105,17 @@ def run(settings: Settings) -> None:
         show_scores(settings, device)
         return
 
-    rows, eval_rows, left_out = read_comparisons(settings.data, settings.eval_share, settings.seed)
-    files = hash_files([settings.data])
+    data = read_data(settings.data, settings.eval_share, settings.seed, COMPARISONS)
+    files = hash_files([settings.data], by_name=True)
     # Look before anything is loaded.
     if settings.resume:
-        check_resume(settings, count_steps(settings, pairs_of(rows)), files)
+        comparisons = [pair for row in data.rows for pair in row]
+        check_resume(settings, count_steps(settings, comparisons), files)
 
     model, tokenizer = load_with_head(settings, device, dtype)
-    examples = tokenize(tokenizer, pairs_of(rows))
-    eval_examples = tokenize(tokenizer, pairs_of(eval_rows))
+    form, examples, eval_examples = tokenize_comparisons(tokenizer, data, settings)
+    with blame("MODEL_NAME", settings.model_name, "name another language model or classifier"):
+        check_ids(model, tokenizer, sequences_of(examples + eval_examples))
     collate = ComparisonCollator(tokenizer)
     held_out = HeldOut(model, collate, eval_examples, settings.eval_batch_size)
     stage = Stage(
@@ -122,13 +128,15 @@ def run(settings: Settings) -> None:
         project="train_reward_model",
     )
     with claim_output(settings.output_dir, settings.resume):
-        counts = f"{len(rows)} rows with {len(examples)} comparisons"
-        announce(stage, dtype, f"{counts}, {len(eval_rows)} rows held out", left_out)
+        counts = f"{row_count(examples)} rows with {len(examples)} comparisons"
+        counts += f", {row_count(eval_examples)} rows held out"
+        announce(stage, dtype, counts, data.tally)
         metrics, base = fit(stage, ComparisonTrainer)
         trained = held_out.measure()
         # Whoever loads the model as a scorer reads these.
         scale = {"score_mean": trained["score_mean"], "score_std": trained["score_std"]}
-        model.config.update(scale | {"score_accuracy": trained["accuracy"]})
+        more = {"score_accuracy": trained["accuracy"], "conversation_form": form}
+        model.config.update(scale | more)
         report = make_report(stage, metrics, base, trained)
         if is_main_process():
             with whole_results(settings.output_dir) as folder:
@@ -248,14 +256,12 @@ def summarize(report: Row) -> str:
     figures = ["accuracy", "standard_error", "guessing", "loss", "margin"]
     lines += compare_figures(base, trained, figures)
 
-    samples = report["samples"]
-    seconds = report["seconds"]
-    where = f"{samples} comparisons in {seconds:.0f} seconds"
+    where = f"{report['samples']} comparisons in {report['seconds']:.0f} seconds"
     where += f" on {report['device']}, seed {settings['seed']}."
     lines += ["", where, ""]
     lines += ["The held-out texts that score highest and lowest:", ""]
     for text, score in trained["first_sample"].items():
-        lines.append(f"    {score:+6.2f}  {short_line(text)}")
+        lines.append(f"    {score:+6.2f}  {end_line(text)}")
 
     advice = ""
     if not report["learned"]:

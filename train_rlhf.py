@@ -40,8 +40,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from finetune import checks, command, data
+from finetune import checks, command
 from finetune.errors import RunError, SettingsError, blame
+from finetune.prompts import Prompts, batch_of_step, read_prompts
 from finetune.settings import (
     Number,
     NumberOrAuto,
@@ -69,7 +70,7 @@ DEVICE = "auto"  # cuda, mps (Apple) or cpu; auto = cuda where there is one, els
 DTYPE = "auto"  # float32, bfloat16, float16; auto = 16 bits on a GPU or a CPU with AMX, else 32
 
 # --- Prompts
-PROMPTS = [  # texts to continue; a .txt, .jsonl, .json, .csv or .parquet file stands for its rows
+PROMPTS = [  # texts to continue; a file (.txt, .jsonl, .csv, .parquet, …) stands for its rows
     "I feel so", "This makes me", "I am really", "Today I am", "Life is", "I'm feeling",
 ]  # fmt: skip
 EVAL_PROMPTS = [  # never trained on, but measured; [] = off
@@ -77,7 +78,7 @@ EVAL_PROMPTS = [  # never trained on, but measured; [] = off
     "I woke up feeling",
 ]  # fmt: skip
 EVAL_SHARE = 0.1  # of PROMPTS in a file: held out in place of EVAL_PROMPTS; 0 = those are
-PROMPT_FIELD = "auto"  # of a row; auto = prompt, messages, text, instruction (+ input), question
+PROMPT_FIELD = "auto"  # of a row; auto = the first of prompt, messages, instruction, …: see README
 CHAT_TEMPLATE = False  # True = a prompt is what a user says, put into the tokenizer's template
 
 # --- Reward
@@ -162,7 +163,7 @@ def check_target(
         raise SettingsError(f"TARGET_APPROX_KL is {target_approx_kl}: {remedy}")
 
 
-CHECKS = (data.read_prompts, check_target, *checks.OF_TRAINING)
+CHECKS = (read_prompts, check_target, *checks.OF_TRAINING)
 
 # The libraries below take seconds to load: --help and bad settings are answered before.
 if command.is_script(globals()):
@@ -175,12 +176,14 @@ import transformers
 import trl
 
 from finetune import functions, measurement, models, output, processes, progress, scorers
-from finetune.checkpoint import Checkpoint, check_resume, hash_files
-from finetune.data import Row
+from finetune.checkpoint import Checkpoint, check_resume
 from finetune.evaluation import measure_and_save, measure_scale
+from finetune.files import Row, hash_files
+from finetune.loading import load_model
 from finetune.progress import Metrics
 from finetune.sampling import sample_responses
-from finetune.scorers import Scale, Scorer
+from finetune.scale import Scale
+from finetune.scorers import Scorer
 from finetune.tokens import encode, for_decoder, pad_batch, texts_of
 
 Tokenizer = transformers.PreTrainedTokenizerBase
@@ -212,7 +215,7 @@ class Learner:
 
 def run(settings: Settings) -> None:
     """Do the whole run: load, train with PPO, measure before and after, save, show."""
-    prompts = data.read_prompts(
+    prompts = read_prompts(
         settings.prompts,
         settings.eval_prompts,
         settings.eval_share,
@@ -224,8 +227,8 @@ def run(settings: Settings) -> None:
     # Whether a run can go on is told before anything is loaded.
     if settings.resume:
         check_resume(settings, progress.count_steps(settings, prompts.rows), files)
-    learner, rows, eval_rows, scale = load(settings, prompts.rows, prompts.eval_rows)
-    trainer = learner.trainer
+    learner, prompts, scale = load(settings, prompts)
+    rows, trainer = prompts.rows, learner.trainer
 
     with output.claim_output(settings.output_dir, settings.resume):
         scaler = trainer.accelerator.scaler
@@ -235,27 +238,29 @@ def run(settings: Settings) -> None:
             state = checkpoint.load(progress.count_steps(settings, rows))
             metrics, scale = state["metrics"], Scale(**state["scale"])
         measurement.announce(
-            learner.policy.pretrained_model, settings, prompts, rows, eval_rows, metrics
+            learner.policy.pretrained_model,
+            settings,
+            prompts,
+            metrics,
+            are_fields_used=learner.scorer.text_before is None,
         )
         learner = replace(learner, scale=scale or measure_scale(learner, rows))
 
         train(learner, rows, metrics, checkpoint)
-        measure_and_save(learner, rows, eval_rows, metrics)
+        measure_and_save(learner, rows, prompts.eval_rows, metrics)
     trainer.accelerator.end_training()
 
 
-def load(
-    settings: Settings, rows: list[Row], eval_rows: list[Row]
-) -> tuple[Learner, list[Row], list[Row], Scale | None]:
-    """Return what takes part, the rows whose prompts fit, and the scale if it is known."""
+def load(settings: Settings, prompts: Prompts) -> tuple[Learner, Prompts, Scale | None]:
+    """Return what takes part, the prompts that fit, and the scale if it is known."""
     device_type, dtype = processes.pick_device(settings.device, settings.dtype)
     device = processes.join_processes(device_type)
-    scorer, scale = load_reward(settings, rows + eval_rows, device)
-    model, tokenizer, rows, eval_rows = models.load_model(settings, rows, eval_rows, device, dtype)
+    scorer, scale = load_reward(settings, prompts.rows + prompts.eval_rows, device)
+    model, tokenizer, prompts = load_model(settings, prompts, device, dtype)
     policy = make_policy(model, tokenizer, settings)
     trainer = make_trainer(policy, tokenizer, settings, device, dtype)
     learner = Learner(policy, trainer, tokenizer, scorer, Scale(), settings)
-    return learner, rows, eval_rows, scale
+    return learner, prompts, scale
 
 
 def train(learner: Learner, rows: list[Row], metrics: Metrics, checkpoint: Checkpoint) -> None:
@@ -271,7 +276,7 @@ def train(learner: Learner, rows: list[Row], metrics: Metrics, checkpoint: Check
     with command.stop_on_signal(after_step=True) as stop, log:
         try:
             for step in range(len(metrics) + 1, total_steps + 1):
-                batch = data.batch_of_step(step, rows, settings.batch_size, settings.seed)
+                batch = batch_of_step(step, rows, settings.batch_size, settings.seed)
                 rollout, stats, kls = take_step(learner, step, batch)
                 stats["seconds"] = time.perf_counter() - start
                 record = measurement.make_record(

@@ -18,9 +18,16 @@ from typing import Any
 
 from finetune import command
 from finetune.checks import OF_TRAINING, check_alone
-from finetune.data import Row
+from finetune.data import Data, read_data
 from finetune.errors import blame
-from finetune.examples import chat_template_of, check_template, read_examples, tokenize
+from finetune.examples import (
+    EXAMPLES,
+    answers_in,
+    chat_template_of,
+    check_examples,
+    check_template,
+)
+from finetune.files import Row, hash_files
 from finetune.settings import StageSettings, Switch, Text, Whole, limits
 
 if command.is_script(globals()):
@@ -38,7 +45,7 @@ DEVICE = "auto"  # cuda, mps (Apple) or cpu; auto = cuda where there is one, els
 DTYPE = "auto"  # float32, bfloat16, float16; auto = 16 bits on a GPU or a CPU with AMX, else 32
 
 # --- Data
-DATA = "instructions.jsonl"  # a .jsonl, .json, .csv, .parquet or .txt file with an example a row
+DATA = "instructions.jsonl"  # a file of examples: .jsonl, .csv, .parquet, …; or a name on the Hub
 EVAL_SHARE = 0.1  # of the rows, drawn by SEED: never trained on, but measured
 TEMPLATE = (  # of instructions and prompts; a paragraph with {input} is left out where it is empty
     "Below is an instruction that describes a task. "
@@ -80,7 +87,7 @@ class Settings(StageSettings):
     max_new_tokens: Whole = limits(1, 10**6, changeable=True)
 
 
-CHECKS = (check_template, read_examples, *OF_TRAINING, check_alone)
+CHECKS = (check_template, check_examples, *OF_TRAINING, check_alone)
 
 # The libraries below take seconds to load: --help and bad settings are answered before.
 if command.is_script(globals()):
@@ -92,9 +99,11 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 from finetune.batches import make_collator
-from finetune.checkpoint import check_resume, hash_files
+from finetune.checkpoint import check_resume
 from finetune.held_out import answers, compare_answers, compare_figures, draw, ratio
 from finetune.hub import context_of, find_model
+from finetune.labels import Learned, tokenize_data
+from finetune.loading import check_ids
 from finetune.models import add_adapter, load_base_model, save_model
 from finetune.output import claim_output, describe_run, whole_results, write_report
 from finetune.processes import is_main_process, join_processes, pick_device
@@ -106,45 +115,31 @@ from finetune.tokens import end_tokens, load_tokenizer
 # ------------------------------------------------------------------------------ the run
 def run(settings: Settings) -> None:
     """Do the whole run: read, tokenize, measure, train, measure again, save, show."""
-    rows, eval_rows, left_out = read_examples(
-        settings.data, settings.template, settings.eval_share, settings.seed
-    )
-    files = hash_files([settings.data])
+    data = read_data(settings.data, settings.eval_share, settings.seed, EXAMPLES)
+    files = hash_files([settings.data], by_name=True)
     # Look before anything is loaded.
     if settings.resume:
-        check_resume(settings, count_steps(settings, rows), files)
+        check_resume(settings, count_steps(settings, answers_in(data.rows)), files)
 
     device_type, dtype = pick_device(settings.device, settings.dtype)
     device = join_processes(device_type)
-    files_needed = "config.json, *.safetensors and a tokenizer"
-    remedy = f"name a causal language model with {files_needed}"
-    with blame("MODEL_NAME", settings.model_name, remedy):
-        path = find_model("MODEL_NAME", settings.model_name)
-        tokenizer = load_tokenizer(path)
-        # Then positions need not be given.
-        tokenizer.padding_side = "right"
-        length = int(min(settings.max_length, context_of(path)))
-        examples, rows = tokenize(tokenizer, rows, length, left_out)
-        eval_examples, eval_rows = tokenize(tokenizer, eval_rows, length, left_out)
-        model: Any = load_base_model(path, device, dtype, settings.quantization)
-        own_ids = model.generation_config.eos_token_id
-        model.generation_config.eos_token_id = end_tokens(own_ids, tokenizer)
-
+    model, tokenizer, learned, eval_learned = load_and_tokenize(settings, data, device, dtype)
     collate = make_collator(model, tokenizer, settings.packing)
     options = {"lora_dropout": settings.lora_dropout, "task_type": "CAUSAL_LM"}
     model = add_adapter(model, settings, **options)
-    held_out = HeldOut(model, tokenizer, eval_examples, eval_rows, settings)
-    stage = Stage(model, examples, collate, held_out.measure, settings, files, "train_sft")
+    held_out = HeldOut(model, tokenizer, *eval_learned, settings)
+    stage = Stage(model, learned.examples, collate, held_out.measure, settings, files, "train_sft")
 
     with claim_output(settings.output_dir, settings.resume):
-        counts = f"{len(rows)} rows to train on, {len(eval_rows)} held out"
-        announce(stage, dtype, counts, left_out)
+        counts = f"{len(learned.examples)} examples to train on"
+        counts += f", {len(eval_learned.examples)} held out"
+        announce(stage, dtype, counts, data.tally)
         metrics, base = fit(stage)
         trained = held_out.measure()
-        report = make_report(stage, metrics, base, trained, rows)
+        report = make_report(stage, metrics, base, trained, learned.rows)
 
         # The model is asked as it was taught to be, and generates behind its padding.
-        tokenizer.chat_template = chat_template_of(tokenizer, rows, settings.template)
+        tokenizer.chat_template = chat_template_of(tokenizer, learned.rows, settings.template)
         tokenizer.padding_side = "left"
         if is_main_process():
             with whole_results(settings.output_dir) as folder:
@@ -152,6 +147,32 @@ def run(settings: Settings) -> None:
                 draw(report, metrics, folder / "training.png")
                 write_report(report, summarize(report, "."), folder)
         print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
+
+
+def load_and_tokenize(
+    settings: Settings,
+    data: Data,
+    device: torch.device,
+    dtype: str,
+) -> tuple[Any, transformers.PreTrainedTokenizerBase, Learned, Learned]:
+    """Return the model, its tokenizer, what is learned and what is held out of it."""
+    remedy = "name a causal language model with config.json, *.safetensors and a tokenizer"
+    with blame("MODEL_NAME", settings.model_name, remedy):
+        path = find_model("MODEL_NAME", settings.model_name)
+        tokenizer = load_tokenizer(path)
+        # Then positions need not be given.
+        tokenizer.padding_side = "right"
+        length = int(min(settings.max_length, context_of(path)))
+
+        remedy = "name a model with a chat template that takes them, or give instruction and output"
+        with blame("DATA", settings.data, remedy, length=600):
+            learned, eval_learned = tokenize_data(tokenizer, data, settings.template, length)
+        model: Any = load_base_model(path, device, dtype, settings.quantization)
+        own_ids = model.generation_config.eos_token_id
+        model.generation_config.eos_token_id = end_tokens(own_ids, tokenizer)
+        sequences = [row["input_ids"] for row in learned.examples + eval_learned.examples]
+        check_ids(model, tokenizer, sequences)
+    return model, tokenizer, learned, eval_learned
 
 
 # ---------------------------------------------------------------------- the measurement
@@ -231,7 +252,7 @@ def make_report(
         "base": base,
         "trained": trained,
         "learned": fall > 3 * error,
-        "chat": any(row.get("prompt") or "messages" in row for row in rows),
+        "chat": any(row["form"] != "text" for row in rows),
     }
 
 

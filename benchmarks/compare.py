@@ -23,8 +23,8 @@ from learning import ROOT, read_lines
 
 sys.path.insert(0, str(ROOT))
 
-from finetune.data import is_file
 from finetune.errors import shorten
+from finetune.files import is_file
 from finetune.progress import recent
 
 # Settings that say what a number means: numbers under others can't be compared.

@@ -25,8 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import torch
 from make_data import gold, speaks_of_family
 
+from finetune.classifiers import load_classifier
 from finetune.command import silence_libraries, silence_loggers
-from finetune.scorers import load_classifier
 
 PAIRS = (100, 300, 1000)
 KL_COEFS = (0.3, 0.1, 0.03, 0.01)

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from finetune.data import Row
 from finetune.errors import SettingsError, blame, shorten
+from finetune.files import Row
 from finetune.output import unfinished
 from finetune.self_instruct import kept
 from finetune.settings import CommonSettings, fixed_settings

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import transformers
 
-from finetune.data import Row
 from finetune.errors import blame
+from finetune.files import Row
 
 
 def make_collator(

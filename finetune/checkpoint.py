@@ -1,9 +1,7 @@
 """A run's state, on disk whole or not at all."""
 
-import hashlib
 import io
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +109,6 @@ def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if parameter.requires_grad:
             weights[name] = parameter.detach()
     return weights
-
-
-def hash_files(paths: Iterable[str]) -> dict[str, str]:
-    """Return {path: SHA-256} of those paths that are files."""
-    hashes = {}
-    for path in paths:
-        if os.path.isfile(path):
-            content = Path(path).read_bytes()
-            hashes[path] = hashlib.sha256(content).hexdigest()
-    return hashes
 
 
 # -------------------------------------------------------------------- before it goes on

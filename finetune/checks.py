@@ -33,7 +33,7 @@ def check_batches(batch_size: int, mini_batch_size: int) -> None:
 def check_alone() -> None:
     """Refuse a launch of several processes."""
     if process_count() > 1:
-        problem = f"WORLD_SIZE is {process_count()}: this stage is one process"
+        problem = f"WORLD_SIZE is {process_count()}: this script is one process"
         raise SettingsError(f"{problem}: start it with python")
 
 

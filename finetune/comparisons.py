@@ -1,122 +1,225 @@
 """Comparisons to learn from: rows of a file, as pairs of a better and a worse text."""
 
-# Settings are checked with this file before the heavy libraries are loaded, so it needs none; a
-# tokenizer is handed to it where it takes one.
-from collections import Counter
-from collections.abc import Iterable
+# Settings are checked with this file before the heavy libraries are loaded, so it needs none.
+import math
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from finetune.data import Row, read_data, text_in
+from finetune.data import (
+    ANSWERS,
+    CONVERSATIONS,
+    INPUTS,
+    LABELS,
+    QUESTIONS,
+    Dialogue,
+    Reader,
+    answered,
+    put_together,
+    read_answer,
+    read_asked,
+    read_data,
+    read_systems,
+)
 from finetune.errors import SettingsError, shorten
+from finetune.fields import Fields, LeftOut, Tally, as_switch, is_empty
+from finetune.files import Row, is_file, read_table
+from finetune.messages import before_the_answer, messages_in, prompt_text
 
-if TYPE_CHECKING:
-    import transformers
+Pair = tuple[Dialogue | None, Dialogue | None]  # a better one and a worse
 
-Pair = tuple[str | None, str | None]
-
-REMEDY = "give rows with chosen and rejected, completion_0 … and ranking, or text and label"
-LABELS = {"0": False, "False": False, "1": True, "True": True}
+# What is asked before answers that are compared.
+BEFORE = tuple(name for name in QUESTIONS if name != "text")
+NOTHING = Dialogue(turns=[], form="text")
 
 
 # ------------------------------------------------------------------------------ reading
-def read_comparisons(
-    data: str,
-    eval_share: float,
-    seed: int,
-) -> tuple[list[list[Pair]], list[list[Pair]], Counter[str]]:
-    """Return the rows to train on, those held out, and a count of what was left out, by reason.
+def read_comparison(row: Row | str, tally: Tally) -> list[Pair]:
+    """Return a row's comparisons; one of a label has None for what it is compared with.
 
-    A row is a list of comparisons, each of a better and a worse text; one of a label has None for
-    what it is compared with, a text whose score is 0.
+    Raises LeftOut where nothing is preferred, ValueError for what is no such row.
     """
-    return read_data(
-        data=data,
-        eval_share=eval_share,
-        seed=seed,
-        read=read_comparison,
-        remedy=REMEDY,
-    )
-
-
-def read_comparison(row: Row, left_out: Counter[str]) -> list[Pair] | None:
-    """Return a row's comparisons, None where nothing is preferred.
-
-    Raises KeyError or ValueError for what is no such row.
-    """
-    if "chosen" in row:
-        before = said_before(row)
-        answers = [(0, row["chosen"]), (1, row["rejected"])]
-        # Without a prompt each answer may be a whole conversation.
-        if not before and isinstance(row["chosen"], list):
-            before = said_before({"prompt": row["chosen"][:-1]})
-    elif "ranking" in row:
-        before = said_before(row)
-        answers = ranked_answers(row)
+    fields = Fields(row)
+    if "chosen" in fields.row or "rejected" in fields.row:
+        pairs = read_choice(fields, tally)
+    elif fields.has("ranking"):
+        pairs = read_ranking(fields, tally)
     else:
-        return read_label(row)
-
-    texts = []
-    for rank, answer in answers:
-        text = joined_text(before, answer_in(answer))
-        texts.append((rank, text))
-
-    pairs: list[Pair] = []
-    for (rank, text), (other_rank, other_text) in combinations(texts, 2):
-        if rank == other_rank or text == other_text:
-            continue
-        if rank < other_rank:
-            pairs.append((text, other_text))
-        else:
-            pairs.append((other_text, text))
-    return pairs or None
+        pairs = read_label(fields, tally)
+    tally.unused.update(fields.unused)
+    return pairs
 
 
-def ranked_answers(row: Row) -> list[tuple[Any, Any]]:
-    """Return the rank of each completion, the best one's the lowest, and the completion."""
-    ranks = row["ranking"]
-    if not isinstance(ranks, list) or f"completion_{len(ranks)}" in row:
+COMPARISONS = Reader(
+    read=read_comparison,
+    remedy="give rows with chosen and rejected, completion_0 … and ranking, or text and label",
+)
+
+
+def read_choice(fields: Fields, tally: Tally) -> list[Pair]:
+    """Return the comparison of a row with chosen and rejected."""
+    for name in ("chosen", "rejected"):
+        if name in fields.row and not fields.is_filled(name):
+            raise LeftOut(f"with an empty {name}")
+    before = read_before(fields, tally)
+    better, worse = said_with(before, fields, ["chosen", "rejected"], tally)
+    if better == worse:
+        raise LeftOut("where nothing is preferred")
+    return [(better, worse)]
+
+
+def read_ranking(fields: Fields, tally: Tally) -> list[Pair]:
+    """Return each comparison of completions with different ranks, of which the lower is better."""
+    before = read_before(fields, tally)
+    ranks = fields.take_list("ranking")
+    if fields.has(f"completion_{len(ranks)}"):
         raise ValueError(f"its ranking is {shorten(ranks)}: give a rank for each completion")
 
-    answers = []
-    for number, rank in enumerate(ranks):
-        answers.append((rank, row[f"completion_{number}"]))
-    return answers
+    names = [f"completion_{number}" for number in range(len(ranks))]
+    dialogues = said_with(before, fields, names, tally)
+    ranked = [(as_number(rank), dialogue) for rank, dialogue in zip(ranks, dialogues)]
+    pairs: list[Pair] = []
+    for (rank, dialogue), (other_rank, other) in combinations(ranked, 2):
+        if rank == other_rank or dialogue == other:
+            continue
+        pairs.append((dialogue, other) if rank < other_rank else (other, dialogue))
+    if not pairs:
+        raise LeftOut("where nothing is preferred")
+    return pairs
 
 
-def read_label(row: Row) -> list[Pair] | None:
-    """Return a text as better or worse than one of score 0, None where it is empty."""
+def as_number(rank: Any) -> float:
+    """Return a rank as a number, which may be written as a text."""
+    try:
+        number = float(rank)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"its ranking has {shorten(rank)}: give a number for each completion")
+    return number
+
+
+def read_label(fields: Fields, tally: Tally) -> list[Pair]:
+    """Return what a row says as better or worse than a text of score 0, by its label."""
     # A line of a file of another kind is "1 a text".
-    if list(row) == ["text"]:
-        label, _, text = row["text"].partition(" ")
-        row = {"text": text, "label": label}
-    label = str(row["label"])
-    if label not in LABELS:
-        raise ValueError(f"its label is {shorten(label)}: give 0 or 1")
+    if list(fields.row) == ["text"]:
+        label, _, text = fields.take_text("text").strip().partition(" ")
+        fields = Fields({"text": text, "label": label})
+    name = fields.first(LABELS)
+    if name is None:
+        lacking = "no chosen, no ranking and no label"
+        raise ValueError(f"it has {lacking}: its fields are {fields.names()}")
 
-    text = text_in(row, "text")
-    if not text.strip():
-        return None
-    return [(text, None)] if LABELS[label] else [(None, text)]
-
-
-def said_before(row: Row) -> str:
-    """Return what stands before the answers: a prompt, or a line for each turn before them."""
-    prompt = row.get("prompt") or row.get("conversations") or row.get("messages") or ""
-    if isinstance(prompt, str):
-        return prompt
-    lines = [answer_in(turn) + "\n" for turn in prompt]
-    return "".join(lines)
+    is_better = as_switch(fields.take(name), name)
+    dialogue = read_labelled(fields, tally)
+    return [(dialogue, None) if is_better else (None, dialogue)]
 
 
-def answer_in(answer: Any) -> str:
-    """Return the text of an answer: a text, a message, or the last of several."""
-    if isinstance(answer, list) and answer:
-        return answer_in(answer[-1])
-    if isinstance(answer, dict):
-        return text_in(answer, "content" if "content" in answer else "value")
-    return text_in({"answer": answer}, "answer")
+def read_labelled(fields: Fields, tally: Tally) -> Dialogue:
+    """Return what is said in a row with a label: a text, or an answer to what is asked."""
+    # The answer to a prompt may have the name text.
+    if fields.is_filled("text") and not fields.first(ANSWERS):
+        return said_with(read_before(fields, tally), fields, ["text"], tally)[0]
+
+    dialogue = answered(fields, tally)
+    last = dialogue.turns[-1]
+    if not last["content"].strip() and not last.get("tool_calls"):
+        raise LeftOut("without an answer")
+    if dialogue.form == "instruction" and len(dialogue.turns) == 2:
+        beginning = prompt_text(dialogue.turns[0])
+        return as_text(joined_text(beginning, last["content"]))
+    if dialogue.form == "instruction":
+        dialogue = dialogue._replace(form="messages")
+    return checked(dialogue, "last turn")
+
+
+# -------------------------------------------------------------------------- the answers
+def read_before(fields: Fields, tally: Tally) -> Dialogue:
+    """Return what is asked before the answers of a row, where it has such a field."""
+    question = fields.first(BEFORE)
+    inputs = [name for name in INPUTS if fields.is_filled(name)]
+    if question and (fields.is_filled(question) or inputs):
+        dialogue = read_asked(fields, question, tally)
+        return dialogue._replace(turns=before_the_answer(dialogue.turns))
+    for name in (*inputs, "history"):
+        if fields.is_filled(name):
+            raise LeftOut(f"with {name}, but without what it belongs to")
+
+    # What is compared may be whole conversations, with these beside them.
+    systems = [{"role": "system", "content": text} for text in read_systems(fields)]
+    tools = fields.take_list("tools") if fields.is_filled("tools") else None
+    if not systems and not tools:
+        return NOTHING
+    return Dialogue(systems, "messages", tools)
+
+
+def said_with(
+    before: Dialogue,
+    fields: Fields,
+    names: list[str],
+    tally: Tally,
+) -> list[Dialogue]:
+    """Return what is said with each of the answers in these fields, all in one form.
+
+    Texts where what is asked and all answers are texts, or messages that stand alone; else
+    conversations.
+    """
+    answers = []
+    for name in names:
+        if is_empty(fields.take(name)):
+            raise LeftOut(f"with an empty {name}")
+        answers.append(read_answer(fields.row[name], name, tally))
+
+    are_texts = all(messages_in(fields.row[name]) is None for name in names)
+    are_alone = before == NOTHING and all(len(turns) == 1 for turns in answers)
+    if are_texts and before.form == "instruction" and begin_with(before, answers):
+        tally.changed["with a prompt that its answers begin with already"] += 1
+        if len(before.turns) == 1:
+            return [as_text(turns[0]["content"]) for turns in answers]
+        answers = [without_prompt(before, turns) for turns in answers]
+    if are_alone or (are_texts and before.form != "messages" and len(before.turns) <= 1):
+        beginning = "".join(prompt_text(turn) for turn in before.turns)
+        return [as_text(joined_text(beginning, turns[0]["content"])) for turns in answers]
+
+    dialogues = []
+    for name, turns in zip(names, answers):
+        is_question = any(turn["role"] != "system" for turn in before.turns)
+        if turns[0]["role"] == "assistant" and not is_question:
+            raise LeftOut(f"whose {name} answers nothing")
+        turns = put_together(before.turns, turns)
+        dialogues.append(checked(Dialogue(turns, "messages", before.tools), name))
+    return dialogues
+
+
+def begin_with(before: Dialogue, answers: list[list[Row]]) -> bool:
+    """Return whether all of several answers in texts begin with what was asked."""
+    prompt = prompt_text(before.turns[-1]).strip()
+    texts = [turns[0]["content"].lstrip() for turns in answers]
+    return len(texts) > 1 and all(text.startswith(prompt) for text in texts)
+
+
+def without_prompt(before: Dialogue, answer: list[Row]) -> list[Row]:
+    """Return an answer without what was asked, with which it begins."""
+    prompt = prompt_text(before.turns[-1]).strip()
+    text = answer[0]["content"].lstrip().removeprefix(prompt)
+    return [{"role": "assistant", "content": text.strip()}]
+
+
+def as_text(text: str) -> Dialogue:
+    """Return a mere text."""
+    return Dialogue([{"role": "user", "content": text}], "text")
+
+
+def checked(dialogue: Dialogue, name: str) -> Dialogue:
+    """Return a conversation; raise LeftOut where it does not end with an answer in words."""
+    last = dialogue.turns[-1]
+    if dialogue.form != "text" and last["role"] != "assistant":
+        raise LeftOut(f"whose {name} is no answer")
+    if last.get("tool_calls"):
+        raise LeftOut(f"whose {name} is a call of a tool")
+    if not last["content"].strip():
+        raise LeftOut(f"with an empty {name}")
+    return dialogue
 
 
 def joined_text(before: str, answer: str) -> str:
@@ -124,6 +227,34 @@ def joined_text(before: str, answer: str) -> str:
     if not before or before[-1].isspace() or answer[:1].isspace():
         return before + answer
     return f"{before} {answer}"
+
+
+# ---------------------------------------------------------------------------- the scores
+def read_judged(entry: str, tally: Tally) -> list[Dialogue]:
+    """Return what an entry of SCORE has to be judged: itself, or what is said in a file's rows."""
+    dialogues = []
+    table = read_table(entry) if is_file(entry) else [entry]
+    for number, row in enumerate(table, start=1):
+        fields = Fields(row)
+        try:
+            dialogues.append(read_said(fields, tally))
+        except LeftOut as reason:
+            raise ValueError(f"row {number} is one {reason}") from reason
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"row {number}: {error}") from error
+        tally.unused.update(fields.unused)
+    return dialogues
+
+
+def read_said(fields: Fields, tally: Tally) -> Dialogue:
+    """Return what is said in a row: an answer to what it asks, or what it asks alone."""
+    if fields.first((*ANSWERS, *CONVERSATIONS, "text")):
+        return read_labelled(fields, tally)
+    question = fields.first(QUESTIONS)
+    dialogue = read_asked(fields, question or "text", tally)
+    if dialogue.form == "instruction" and len(dialogue.turns) == 1:
+        return as_text(prompt_text(dialogue.turns[0]))
+    return checked(dialogue, "last turn")
 
 
 # --------------------------------------------------------------------------- the checks
@@ -136,7 +267,7 @@ def check_data(
 ) -> None:
     """Refuse data that can't be used, or, to score with, a folder without a model."""
     if not score:
-        read_comparisons(data, eval_share, seed)
+        read_data(data, eval_share, seed, COMPARISONS)
     elif not Path(output_dir, "config.json").exists():
         problem = "there is no model in it: train one first"
         raise SettingsError(f"OUTPUT_DIR is {output_dir}: {problem}")
@@ -147,39 +278,3 @@ def check_head(quantization: str, lora_rank: int) -> None:
     if quantization != "none" and lora_rank == 0:
         remedy = "give none, or LORA_RANK 1 or more"
         raise SettingsError(f"QUANTIZATION is {quantization}: {remedy}")
-
-
-# --------------------------------------------------------------------------- the tokens
-def pairs_of(rows: list[list[Pair]]) -> list[tuple[int, str | None, str | None]]:
-    """Return (row's number, better text, worse text) for each comparison of the rows."""
-    pairs = []
-    for number, row in enumerate(rows):
-        for better, worse in row:
-            pairs.append((number, better, worse))
-    return pairs
-
-
-def tokenize(
-    tokenizer: "transformers.PreTrainedTokenizerBase",
-    pairs: Iterable[tuple[int, str | None, str | None]],
-) -> list[Row]:
-    """Return an example for each comparison: its row's number, its texts, their signs and tokens.
-
-    sign: 1.0 of a better text, -1.0 of a worse one. sequences: the token ids of each text. The
-    longest of them is input_ids, by which comparisons of like length are put together.
-    """
-    examples = []
-    for number, better, worse in pairs:
-        signed = [(better, 1.0), (worse, -1.0)]
-        texts = tuple(text for text, _ in signed if text is not None)
-        signs = tuple(sign for text, sign in signed if text is not None)
-        sequences = [tokenizer(text, truncation=True)["input_ids"] for text in texts]
-        example = {
-            "row": number,
-            "texts": texts,
-            "signs": signs,
-            "sequences": sequences,
-            "input_ids": max(sequences, key=len),
-        }
-        examples.append(example)
-    return examples

@@ -1,232 +1,274 @@
-"""Files of prompts and examples, as rows."""
+"""A row of anybody's data, as what was said in it: the one reader of all four scripts."""
 
-# Bad settings are told within a second, and files are read for that. numpy and
-# datasets take longer to load: so a function imports the one that it needs.
-import glob
-import json
-import logging
 import math
-import os
 import re
-from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.errors import SettingsError, blame, shorten
+from finetune.errors import blame, shorten
+from finetune.fields import Fields, LeftOut, Tally, as_list, checked_text, is_no
+from finetune.files import Row, read_table
+from finetune.messages import messages_in, prompt_text, read_turns
 
-Row = dict[str, Any]  # the fields of a row by name
-Prompt = str | list[dict[str, Any]]  # a text, or the messages of a conversation
+# The fields in which a row asks something, the first that is there; text is only to be continued.
+CONVERSATIONS = ("messages", "conversations", "conversation")
+QUESTIONS = ("prompt", *CONVERSATIONS, "instruction", "question", "query", "text")
 
-# What a file holds, by the ending of its name.
-FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# The fields in which a row answers, and those that change what it asks.
+ANSWERS = ("completion", "output", "response", "answer")
+INPUTS = ("input", "context")
+SYSTEMS = ("system", "system_prompt")
 
-# The fields in which a prompt is looked for, in this order, where PROMPT_FIELD is auto.
-USUAL_FIELDS = ("prompt", "messages", "text", "instruction", "question")
-
-
-# ---------------------------------------------------------------------------- the files
-def is_file(entry: str) -> bool:
-    """Return whether an entry means a file: it is one, or has a name like one."""
-    if Path(entry).suffix.lower() in FORMATS:
-        return True
-    return os.path.isfile(entry) or bool(re.fullmatch(r"\S+(\.\w{1,8}|/)", entry))
+# The fields in which a row says whether its answer is a good one: TRL's and LLaMA-Factory's.
+LABELS = ("label", "kto_tag")
 
 
-def read_table(path: str, other: str | None = None) -> list[Any]:
-    """Return the rows of a file, dictionaries or texts.
+class Dialogue(NamedTuple):
+    """What a row says, the same to all scripts.
 
-    other: the form of a file of unknown ending; None = it is refused. Raises
-    ValueError, OSError, or whatever the library raises that reads the file.
+    turns: messages {"role", "content"}; the user's may have an "input" beside it, and one that is
+    not to be learned has "weight" 0. form: "messages", an "instruction", or a mere "text", whose
+    only turn has a role that means nothing. tools: that an assistant may call.
     """
-    form = FORMATS.get(Path(path).suffix.lower(), other)
-    if form in ("csv", "parquet"):
-        return read_columns(path, form)
-    if not form:
-        raise ValueError("it is a file of another kind")
 
-    text = Path(path).read_text(encoding="utf-8-sig").strip()
-    # A line ends at a line feed alone: a text may well have other signs that end a line.
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if form != "json":
-        return lines
-
-    # datasets would name no line where one is wrong, and take texts like dates for dates.
-    is_list = text.startswith("[")
-    return json.loads(text if is_list else "[" + ",\n".join(lines) + "]")
+    turns: list[Row]
+    form: str
+    tools: list[Row] | None = None
 
 
-def read_columns(path: str, form: str) -> list[Row]:
-    """Return the rows of a file in the form csv or parquet."""
-    import datasets
+# -------------------------------------------------------------------------- the reading
+def read_asked(fields: Fields, question: str, tally: Tally) -> Dialogue:
+    """Return what is asked in a field of a row, with all that changes what is asked.
 
-    # The library would use the network to count downloads, and log what blame tells.
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    datasets.logging.set_verbosity(logging.CRITICAL)
-
-    # Without streaming a copy of the file would stay in the cache.
-    options: dict[str, Any] = {"split": "train", "streaming": True}
-    if form == "csv":
-        options |= {"encoding": "utf-8-sig", "keep_default_na": False}
-    rows = list(datasets.load_dataset(form, data_files=glob.escape(path), **options))
-
-    # That is the field which pandas makes of commas without quotes.
-    if any("__index_level_0__" in row for row in rows):
-        raise ValueError("its rows have more fields than its first line")
-    return rows
-
-
-def text_in(row: Row, name: str) -> str:
-    """Return the text in a field of a row.
-
-    Raises KeyError where the row lacks it, ValueError where it is no text.
+    An answer may stand at the end where the field has a conversation. Raises LeftOut where the row
+    has something that changes what is asked and does not go with the field, ValueError with the
+    field where something of it is wrong.
     """
-    if not isinstance(row[name], str):
-        raise ValueError(f"its {name} is {shorten(row[name])}, no text")
-    return row[name]
-
-
-# -------------------------------------------------------------------------- the prompts
-class Prompts(NamedTuple):
-    """What PROMPTS and EVAL_PROMPTS stand for."""
-
-    rows: list[Row]  # to train on
-    eval_rows: list[Row]  # held out
-    count: int  # type: ignore[assignment]  # of all rows, those left out too
-    eval_source: str  # EVAL_PROMPTS or EVAL_SHARE: where the eval_rows come from
-
-
-def read_prompts(
-    prompts: list[str],
-    eval_prompts: list[str],
-    eval_share: float,
-    prompt_field: str,
-    seed: int,
-) -> Prompts:
-    """Return the rows to train on, the rows held out, and how many were read.
-
-    Where PROMPTS names a file, EVAL_SHARE of all its rows is held out; else, or where
-    that is 0, EVAL_PROMPTS are, and nothing where these are []. Prompts that are empty, or
-    came before, are left out. Raises SettingsError also where both ways are wished for.
-    """
-    eval_source = "EVAL_PROMPTS"
-    has_file = any(is_file(entry) for entry in prompts)
-    if has_file and eval_prompts and eval_share > 0:
-        check_eval_prompts(eval_prompts, eval_share)
-        eval_source = "EVAL_SHARE"
-
-    rows_read = read_rows("PROMPTS", prompts, prompt_field)
-    texts = {str(row["prompt"]) for row in rows_read}
-    train_count = len(texts - {""})
-    if eval_source == "EVAL_PROMPTS":
-        rows_read += read_rows("EVAL_PROMPTS", eval_prompts, prompt_field)
-
-    rows = unique_rows(rows_read)
-    if eval_source == "EVAL_PROMPTS":
-        rows, eval_rows = rows[:train_count], rows[train_count:]
+    value = fields.take(question)
+    messages = messages_in(value)
+    if question in CONVERSATIONS:
+        messages = as_list(value, question)
+    if messages is not None:
+        form = "messages"
+        turns = read_turns(messages, question, tally)
     else:
-        rows, eval_rows = hold_out(rows, eval_share, seed)
-    return Prompts(rows, eval_rows, len(rows_read), eval_source)
+        form = "text" if question == "text" else "instruction"
+        turns = [{"role": "user", "content": checked_text(value, question)}]
+
+    # A text that is only to be continued asks nothing, so nothing goes with it.
+    tools = None
+    if form == "instruction" and question in QUESTIONS:
+        add_input(turns[0], fields, tally)
+        turns = read_history(fields) + turns
+    if form == "messages" and fields.is_filled("tools"):
+        tools = fields.take_list("tools")
+    if form != "text":
+        turns = with_system(turns, fields)
+
+    for name in (*INPUTS, *SYSTEMS, "history", "tools"):
+        # A field that PROMPT_FIELD names stands alone.
+        if question in QUESTIONS and name in fields.unused:
+            raise LeftOut(f"with {name}, which does not go with {question}")
+    return Dialogue(turns, form, tools)
 
 
-def check_eval_prompts(eval_prompts: list[str], eval_share: float) -> None:
-    """Refuse a file in EVAL_PROMPTS where a share of PROMPTS is held out in its place."""
-    for entry in eval_prompts:
-        if is_file(entry):
-            share = f"EVAL_SHARE {eval_share:g} of PROMPTS is held out in its place"
-            remedy = "give EVAL_SHARE 0 to measure EVAL_PROMPTS"
-            name = shorten(entry)
-            raise SettingsError(f"EVAL_PROMPTS is {name}, but {share}: {remedy}")
+def read_answered(row: Any, tally: Tally) -> Dialogue:
+    """Return what a row asks and answers, the answer last; counts what it does not use.
 
-
-def read_rows(setting: str, entries: list[str], prompt_field: str) -> list[Row]:
-    """Return the rows of a setting's entries: those of a file, one for a text."""
-    rows: list[Row] = []
-    remedy = f"give a {', '.join(FORMATS)} file with a prompt a row, in UTF-8"
-    for entry in entries:
-        with blame(setting, entry, remedy):
-            table = read_table(entry) if is_file(entry) else [entry]
-            numbered = enumerate(table, start=1)
-            entry_rows = [with_prompt(row, prompt_field, number) for number, row in numbered]
-            if not any(row["prompt"] for row in entry_rows):
-                raise ValueError("it has no prompts")
-            rows += entry_rows
-    return rows
-
-
-def unique_rows(rows: list[Row]) -> list[Row]:
-    """Return the first row of each prompt that is not empty; fields it lacks are None."""
-    # All get the same fields, since a function that scores texts wants each one of all rows.
-    fields: Row = {}
-    for row in rows:
-        fields.update(dict.fromkeys(row))
-
-    unique: dict[str, Row] = {}
-    for row in rows:
-        unique.setdefault(str(row["prompt"]), fields | row)
-    unique.pop("", None)
-    return list(unique.values())
-
-
-def with_prompt(row: Row | str, prompt_field: str, number: int) -> Row:
-    """Return a row with its prompt: a text, which may be empty, or a list of messages.
-
-    number: of the row in its file. Raises ValueError where it has no prompt.
+    Of a text there is no other answer than itself.
     """
-    if isinstance(row, str):
-        return with_prompt({"prompt": row}, "prompt", number)
-
-    field = field_of_prompt(row, prompt_field, number)
-    prompt = row[field]
-    if isinstance(prompt, str) and not prompt.strip():
-        return row | {"prompt": ""}
-    if field == "instruction" and row.get("input"):
-        prompt = f"{prompt}\n{row['input']}"
-
-    # A field may hold anything. Whatever goes wrong with it here, it is no prompt.
-    with suppress(Exception):
-        prompt = before_the_answer(prompt)
-        check_text(last_said(prompt))
-        return row | {"prompt": prompt}
-    raise ValueError(f"row {number}: its {field} is {shorten(row[field])}, no text")
+    fields = Fields(row)
+    dialogue = answered(fields, tally)
+    # Of a text, a label may say anything.
+    label = fields.first(LABELS) if dialogue.form != "text" else None
+    if label and is_no(fields.take(label)):
+        raise LeftOut(f"whose {label} says that the answer is a bad one")
+    tally.unused.update(fields.unused)
+    return dialogue
 
 
-def field_of_prompt(row: Row, prompt_field: str, number: int) -> str:
-    """Return the field of a row's prompt: PROMPT_FIELD, or the first usual one."""
-    names = USUAL_FIELDS if prompt_field == "auto" else (prompt_field,)
+def answered(fields: Fields, tally: Tally) -> Dialogue:
+    """Return what is asked and answered in the fields of a row, the answer last."""
+    answer = fields.first(ANSWERS)
+    asked = fields.present(QUESTIONS)
+    for question in asked:
+        holds_answers = question in CONVERSATIONS
+        if question == "text":
+            return read_asked(fields, question, tally)
+        if answer is None and not holds_answers:
+            continue
+
+        dialogue = read_asked(fields, question, tally)
+        ends_with_answer = dialogue.turns[-1]["role"] == "assistant"
+        if answer is None or (holds_answers and ends_with_answer):
+            return dialogue
+        return with_answer(dialogue, fields.take(answer), answer, tally)
+
+    # An empty field may be there as None.
+    if asked or "text" in fields.row:
+        is_there = any(name in fields.row for name in (*ANSWERS, "text"))
+        reason = "without an answer"
+    else:
+        is_there = any(name in fields.row for name in QUESTIONS)
+        reason = "without a question"
+    if is_there:
+        raise LeftOut(reason)
+    lacking = "that asks"
+    if asked:
+        lacking = f"that answers its {asked[0]}"
+    raise ValueError(f"it has nothing {lacking}: its fields are {fields.names()}")
+
+
+def with_answer(dialogue: Dialogue, value: Any, name: str, tally: Tally) -> Dialogue:
+    """Return a dialogue with an answer behind it, which has the field of that name."""
+    turns = read_answer(value, name, tally)
+    if messages_in(value) is not None:
+        dialogue = dialogue._replace(form="messages")
+    return dialogue._replace(turns=put_together(dialogue.turns, turns))
+
+
+def read_answer(value: Any, name: str, tally: Tally) -> list[Row]:
+    """Return the turns of an answer, which is a text, a message, or a list of them."""
+    messages = messages_in(value)
+    if messages is None:
+        text = checked_text(value, name)
+        return [{"role": "assistant", "content": text}]
+    turns = read_turns(messages, name, tally)
+    if turns[-1]["role"] != "assistant":
+        raise LeftOut(f"whose {name} does not end with an answer")
+    return turns
+
+
+def put_together(before: list[Row], answer: list[Row]) -> list[Row]:
+    """Return the turns before an answer and its own, which may be the whole conversation.
+
+    What was asked already is not asked again.
+    """
+    if answer[0]["role"] == "assistant":
+        return before + answer
+    systems = []
+    asked = []
+    for turn in before:
+        if turn["role"] == "system":
+            systems.append(turn)
+        else:
+            asked.append(prompt_text(turn).strip())
+
+    said = [turn["content"].strip() for turn in answer[:-1]]
+    if set(said).issuperset(asked):
+        has_system = answer[0]["role"] == "system"
+        return answer if has_system else systems + answer
+
+    # The end of the one may be the beginning of the other.
+    for count in range(min(len(asked), len(said)), 0, -1):
+        if asked[-count:] == said[:count]:
+            return before[:-count] + answer
+    return before + answer
+
+
+# ------------------------------------------------------------ what changes what is asked
+def add_input(turn: Row, fields: Fields, tally: Tally) -> None:
+    """Add the input of an instruction to its turn, where it has one."""
+    names = [name for name in INPUTS if fields.is_filled(name)]
+    if len(names) == 2:
+        raise LeftOut("with both input and context")
     for name in names:
-        if name in row:
-            return name
-    fields = f"PROMPT_FIELD is {prompt_field}, and its fields are {', '.join(row)}"
-    raise ValueError(f"row {number}: {fields}")
+        text = fields.take_text(name).strip()
+        # Alpaca's data set and its likes say so where an instruction needs no input.
+        if re.sub(r"\W", "", text).lower() == "noinput":
+            tally.changed['inputs that say "noinput"'] += 1
+        elif turn["content"].strip():
+            turn["input"] = text
+        else:
+            turn["content"] = text
 
 
-def before_the_answer(prompt: Prompt) -> Prompt:
-    """Return a prompt without the answers at its end, which are for the model to say."""
-    while isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        prompt = prompt[:-1]
-    return prompt
+def read_history(fields: Fields) -> list[Row]:
+    """Return what was said before, of pairs of what was asked and answered."""
+    turns = []
+    if fields.is_filled("history"):
+        for pair in fields.take_list("history"):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise ValueError(f"its history has {shorten(pair)}, no pair of texts")
+            for role, text in zip(("user", "assistant"), pair):
+                turns.append({"role": role, "content": checked_text(text, "history")})
+    return turns
 
 
-def check_text(text: Any) -> None:
-    """Raise ValueError where this is no text, or one that can't be written."""
-    if not isinstance(text, str) or not text.strip() or "\0" in text:
-        raise ValueError("it is no text")
-    text.encode()  # an error for half a character, as "\ud800"
+def read_systems(fields: Fields) -> list[str]:
+    """Return what is said to the assistant in a field of its own, where there is one."""
+    return [fields.take_text(name) for name in SYSTEMS if fields.is_filled(name)]
 
 
-def last_said(prompt: Prompt) -> str:
-    """Return a prompt, or the last message of one that is a conversation."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+def with_system(turns: list[Row], fields: Fields) -> list[Row]:
+    """Return the turns, before them what is said to the assistant in a field of its own."""
+    for text in read_systems(fields):
+        turn = {"role": "system", "content": text}
+        if turns[0]["role"] != "system":
+            turns = [turn, *turns]
+        elif turns[0] != turn:
+            raise LeftOut("with two different system texts")
+    return turns
 
 
-def is_turn(prompt: Prompt, chat_template: bool) -> bool:
-    """Return whether a prompt goes through the template, as conversations always do."""
-    return chat_template or not isinstance(prompt, str)
+# ------------------------------------------------------------------- the examples of DATA
+class Data(NamedTuple):
+    """What DATA holds."""
+
+    rows: list[Any]  # to train on
+    eval_rows: list[Any]  # held out
+    tally: Tally
 
 
-# ------------------------------------------------------------------- shares and batches
+class Reader(NamedTuple):
+    """What makes an example of a row.
+
+    read: is called as read(row, tally), and returns the example. It may raise LeftOut, or
+    ValueError for what is no such row. remedy: which rows are such.
+    """
+
+    read: Callable[[Any, Tally], Any]
+    remedy: str
+
+
+def read_data(data: str, eval_share: float, seed: int, reader: Reader) -> Data:
+    """Return the examples in DATA, each once, and those held out.
+
+    Raises SettingsError where the file, or one of its rows, can't be read, or where fewer than two
+    examples are left.
+    """
+    unique: dict[str, Any] = {}
+    tally = Tally()
+    with blame("DATA", data, reader.remedy, length=600):
+        table = read_table(data, by_name=True)
+        for number, row in enumerate(table, start=1):
+            try:
+                example = reader.read(row, tally)
+            except LeftOut as reason:
+                tally.left_out[str(reason)] += 1
+                continue
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(f"row {number}: {error}") from error
+
+            tally.left_out["given twice"] += str(example) in unique
+            unique.setdefault(str(example), example)
+
+        if len(unique) < 2:
+            usable = f"{len(unique)} of {len(table)} rows can be used, where 2 are the least"
+            reasons = tally.reasons() or "there are no more"
+            raise ValueError(f"{usable}: {reasons}{found_in(table)}")
+
+    rows, eval_rows = hold_out(list(unique.values()), eval_share, seed)
+    return Data(rows, eval_rows, tally)
+
+
+def found_in(table: list[Any]) -> str:
+    """Return which fields the first row has, behind a semicolon, where it has any."""
+    if not table or not isinstance(table[0], dict):
+        return ""
+    return f"; the first row has {Fields(table[0]).names()}"
+
+
 def hold_out(rows: list[Any], eval_share: float, seed: int) -> tuple[list[Any], list[Any]]:
     """Return the rows to train on and a share that is held out, in an order by seed.
 
@@ -238,61 +280,3 @@ def hold_out(rows: list[Any], eval_share: float, seed: int) -> tuple[list[Any], 
     shuffled = [rows[place] for place in order]
     count = min(math.ceil(eval_share * len(rows)), len(rows) - 1)
     return shuffled[count:], shuffled[:count]
-
-
-def batch_of_step(step: int, rows: list[Row], batch_size: int, seed: int) -> list[Row]:
-    """Return the rows of a step; every epoch has each row once, in an order of its own.
-
-    step: counted from 1. A batch may end in another epoch than it begins in.
-    """
-    import numpy
-
-    orders: dict[int, Any] = {}
-    batch = []
-    for index in range((step - 1) * batch_size, step * batch_size):
-        epoch, place = divmod(index, len(rows))
-        if epoch not in orders:
-            generator = numpy.random.default_rng([seed, epoch])
-            orders[epoch] = generator.permutation(len(rows))
-        batch.append(rows[orders[epoch][place]])
-    return batch
-
-
-def read_data(
-    data: str,
-    eval_share: float,
-    seed: int,
-    read: Callable[..., Any],
-    remedy: str,
-    **arguments: Any,
-) -> tuple[list[Any], list[Any], Counter[str]]:
-    """Return the examples in DATA, those held out, and a count of the rows left out.
-
-    read: is called as read(row, left_out, **arguments). It returns the example in a row,
-    None where there is no answer, and may count in left_out what it does not use. Raises
-    SettingsError, with the remedy, where the file or one of its rows can't be read.
-    """
-    unique: dict[str, Any] = {}
-    left_out: Counter[str] = Counter()
-    with blame("DATA", data, remedy):
-        for number, row in enumerate(read_table(data, "text"), start=1):
-            if isinstance(row, str):
-                row = {"text": row}
-            try:
-                example = read(row, left_out, **arguments)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                reason = f"it has no {error}" if isinstance(error, KeyError) else error
-                raise ValueError(f"row {number}: {reason}") from error
-
-            if example is None:
-                left_out["without an answer"] += 1
-            elif str(example) in unique:
-                left_out["given twice"] += 1
-            else:
-                unique[str(example)] = example
-
-        if len(unique) < 2:
-            raise ValueError(f"{len(unique)} rows of it can be used, where 2 are the least")
-
-    examples, eval_examples = hold_out(list(unique.values()), eval_share, seed)
-    return examples, eval_examples, left_out

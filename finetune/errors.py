@@ -29,8 +29,11 @@ def shorten(value: object, length: int = 80) -> str:
 
 
 @contextmanager
-def blame(name: str, value: object, remedy: str) -> Iterator[None]:
-    """Turn what is raised here into a SettingsError that names a setting, its value, a remedy."""
+def blame(name: str, value: object, remedy: str, length: int = 200) -> Iterator[None]:
+    """Turn what is raised here into a SettingsError that names a setting, its value, a remedy.
+
+    length: of the reason in characters, at most.
+    """
     try:
         yield
     # A broken folder can make transformers raise anything, SystemExit included.
@@ -39,7 +42,7 @@ def blame(name: str, value: object, remedy: str) -> Iterator[None]:
             raise
         # The text of a KeyError is a single word, which says nothing without its class.
         says_something = " " in str(error)
-        reason = shorten(error if says_something else repr(error), 200).rstrip(".")
+        reason = shorten(error if says_something else repr(error), length).rstrip(".")
         problem = f"{name} is {shorten(value)}: it can't be used ({reason}): {remedy}"
         raise SettingsError(problem) from error
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from finetune.data import Row, is_turn, last_said
 from finetune.errors import RunError
+from finetune.files import Row
 from finetune.measurement import Measured, draw, make_report
 from finetune.models import save_model
 from finetune.output import whole_results, write_report
 from finetune.processes import is_main_process, random_numbers, share_out
 from finetune.progress import Metrics
+from finetune.prompts import is_turn, last_said
 from finetune.sampling import sample_responses
-from finetune.scorers import Scale, scale_of
+from finetune.scale import Scale, scale_of
 from finetune.summary import summarize
 from finetune.tokens import encode
 

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 import transformers
 
-from finetune.comparisons import said_before
-from finetune.data import read_rows
-from finetune.errors import blame, shorten
+from finetune.classifiers import load_classifier
+from finetune.comparisons import read_judged
+from finetune.errors import blame
+from finetune.fields import Tally
+from finetune.held_out import end_line
 from finetune.hub import base_of, context_of, find_model
+from finetune.judged import judged_text
 from finetune.models import add_adapter, load_base_model, save_model
-from finetune.scorers import load_classifier
 from finetune.settings import StageSettings
 
 
@@ -111,7 +113,9 @@ def save_with_head(
 ) -> None:
     """Save the model, its adapter merged in and by itself too, or without one as it is."""
     if hasattr(model, "peft_config"):
-        save_model(model, tokenizer, settings, folder)
+        # The base of the adapter has no embedding of a pad token that was added.
+        base_tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+        save_model(model, tokenizer, settings, folder, base_tokenizer)
     else:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -119,15 +123,24 @@ def save_with_head(
 
 def show_scores(settings: Any, device: torch.device) -> None:
     """Print the scores of the texts in SCORE by the model in OUTPUT_DIR, as PPO would get them."""
-    rows = read_rows("SCORE", settings.score, "auto")
-    texts = [said_before(row) for row in rows]
-    scorer, _ = load_classifier(
+    classifier, _ = load_classifier(
         setting="OUTPUT_DIR",
         name=settings.output_dir,
         label="",
         batch_size=settings.eval_batch_size,
         device=device,
     )
+    form = getattr(classifier.model.config, "conversation_form", "lines")
+    texts = []
+    tally = Tally()
+    remedy = "give texts, or files of rows with text, prompt and completion, or messages"
+    for entry in settings.score:
+        with blame("SCORE", entry, remedy):
+            for dialogue in read_judged(entry, tally):
+                texts.append(judged_text(classifier.tokenizer, dialogue, form))
+
+    if tally.unused:
+        print(f"{len(texts)} texts{tally.in_words()}", flush=True)
     prompts = [""] * len(texts)
-    for text, score in zip(texts, scorer(prompts, texts)):
-        print(f"{score:+8.3f}  {shorten(text)}", flush=True)
+    for text, score in zip(texts, classifier(prompts, texts)):
+        print(f"{score:+8.3f}  {end_line(text)}", flush=True)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import transformers
 
-from finetune.data import Row
 from finetune.errors import shorten
+from finetune.files import Row
 from finetune.progress import Metrics, recent
-from finetune.tokens import texts_of
+from finetune.tokens import prompt_ids, texts_of
 
 
 # -------------------------------------------------------------------------- the figures
@@ -98,8 +98,8 @@ def query_of(
 ) -> list[int]:
     """Return the tokens before the first answer, or of a mere text those of its beginning."""
     ids, labels = example["input_ids"], example["labels"]
-    if "messages" not in row and not row["prompt"]:
-        shown: list[int] = tokenizer(row["shown"])["input_ids"]
+    if row["form"] == "text":
+        shown = prompt_ids(tokenizer, row["shown"], is_decoder=True)
         return shown[: len(ids) - 1]
 
     first = 1
@@ -129,6 +129,12 @@ def compare_answers(before: dict[str, str], after: dict[str, str]) -> list[str]:
         lines.append(f"        before  {short_line(answer)}")
         lines.append(f"        after   {short_line(after[prompt])}")
     return lines
+
+
+def end_line(text: str, length: int = 80) -> str:
+    """Return the end of a text in one line: what is judged is behind what was asked."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else "…" + line[1 - length :].lstrip()
 
 
 def short_line(text: str) -> str:

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from finetune.data import Prompts, Row
+from finetune.files import Row
 from finetune.output import describe_run
 from finetune.processes import device_name
 from finetune.progress import Metrics, count_steps, recent
-from finetune.scorers import Scale, success_rate
+from finetune.prompts import Prompts
+from finetune.scale import Scale, success_rate
 
 Figures = dict[str, Any]
 
@@ -36,33 +37,30 @@ def announce(
     model: Any,
     settings: Any,
     prompts: Prompts,
-    rows: list[Row],
-    eval_rows: list[Row],
     metrics: Metrics,
+    are_fields_used: bool,
 ) -> None:
     """Print what is going to happen.
 
-    model: the base model with its adapter. prompts: all that were read. rows, eval_rows: those
-    that fit into the model. metrics: of the steps that are done.
+    model: the base model with its adapter. prompts: those that fit into the model. metrics: of
+    the steps that are done. are_fields_used: whether the reward function gets all fields of a row.
     """
     trained, total = model.get_nb_trainable_parameters()
     weight = model.get_input_embeddings().weight
     dtype = str(weight.dtype).removeprefix("torch.")
 
-    held_out = f"{len(eval_rows)} held out"
+    held_out = f"{len(prompts.eval_rows)} held out"
     if prompts.eval_source == "EVAL_SHARE":
         held_out += f": EVAL_SHARE {settings.eval_share:g}, in place of EVAL_PROMPTS"
-    left_out = prompts.count - len(rows) - len(eval_rows)
-    if left_out:
-        held_out += f", {left_out} left out: empty, given twice or too long"
+    held_out += prompts.tally.in_words(with_fields=not are_fields_used)
 
-    steps = count_steps(settings, rows)
+    steps = count_steps(settings, prompts.rows)
     samples = steps * settings.batch_size
     going_on = f", going on after step {len(metrics)}" if metrics else ""
 
     print(f"Model     {settings.model_name}, {total:,} parameters, {trained:,} of them trained")
     print(f"Device    {device_name(model.device)}, {dtype} weights")
-    print(f"Prompts   {len(rows)} to train on, {held_out}")
+    print(f"Prompts   {len(prompts.rows)} to train on, {held_out}")
     print(f"Reward    {settings.reward}")
     print(f"Training  {samples} samples in {steps} steps, seed {settings.seed}")
     print(f"Output    {settings.output_dir}/{going_on}\n", flush=True)

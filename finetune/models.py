@@ -12,36 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import modeling_layers
 from transformers.pytorch_utils import Conv1D
 
-from finetune.data import Row
 from finetune.errors import SettingsError, blame
-from finetune.hub import base_of, config_of, context_of, find_model
-from finetune.tokens import end_tokens, load_tokenizer, pad, pad_batch, prompts_that_fit
+from finetune.hub import base_of
+from finetune.tokens import end_tokens, pad, pad_batch
 
 # What the classifiers of transformers call their heads.
 HEADS = ["score", "classifier", "classification_head"]
 
 
 # -------------------------------------------------------------------------- the loading
-def load_model(
-    settings: Any, rows: list[Row], eval_rows: list[Row], device: torch.device | str, dtype: str
-) -> tuple[Any, transformers.PreTrainedTokenizerBase, list[Row], list[Row]]:
-    """Return the base model, its tokenizer, and those rows whose prompts fit into it."""
-    remedy = "name a language model with config.json, *.safetensors and a tokenizer"
-    with blame("MODEL_NAME", settings.model_name, remedy):
-        path = find_model("MODEL_NAME", settings.model_name)
-        tokenizer = load_tokenizer(path)
-        context = context_of(path)
-        rows = prompts_that_fit(context, tokenizer, rows, settings)
-        eval_rows = prompts_that_fit(context, tokenizer, eval_rows, settings)
-
-        auto_class = "AutoModelForCausalLM"
-        if config_of(path).is_encoder_decoder:
-            auto_class = "AutoModelForSeq2SeqLM"
-            tokenizer.padding_side = "right"  # as encoders have it
-        model = load_base_model(path, device, dtype, settings.quantization, auto_class)
-    return model, tokenizer, rows, eval_rows
-
-
 def load_base_model(
     path: str,
     device: torch.device | str,
@@ -270,9 +249,16 @@ def checkpoint_layers(model: torch.nn.Module) -> None:
 
 # --------------------------------------------------------------------------- the saving
 def save_model(
-    model: Any, tokenizer: transformers.PreTrainedTokenizerBase, settings: Any, folder: Path | str
+    model: Any,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    settings: Any,
+    folder: Path | str,
+    base_tokenizer: transformers.PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Save an adapted model as an ordinary one, and its adapter alone; each with the tokenizer."""
+    """Save an adapted model as an ordinary one, and its adapter alone; each with the tokenizer.
+
+    base_tokenizer: that of the adapter, where it is another.
+    """
     # Merged into 8 or 4 bits, what was learned would be lost.
     if getattr(model.get_base_model(), "is_quantized", False):
         adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -290,7 +276,7 @@ def save_model(
         adapter_folder = Path(folder, "adapter")
         model.save_pretrained(adapter_folder, save_embedding_layers=False)
         Path(adapter_folder, "README.md").unlink()  # an empty form
-        tokenizer.save_pretrained(adapter_folder)
+        (base_tokenizer or tokenizer).save_pretrained(adapter_folder)
 
     model.merge_and_unload().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -12,9 +12,10 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from finetune.data import Row, last_said
 from finetune.errors import RunError, shorten
+from finetune.files import Row
 from finetune.processes import is_main_process
+from finetune.prompts import last_said
 from finetune.settings import TrainingSettings
 from finetune.trackers import Trackers
 

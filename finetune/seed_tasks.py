@@ -1,55 +1,79 @@
 """The tasks that Self-Instruct begins with."""
 
 # They are read before the heavy libraries are loaded, so nothing here imports any.
-import json
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from finetune.data import Row, read_table
+from finetune.data import read_answered
 from finetune.errors import blame, shorten
+from finetune.fields import Fields, LeftOut, Tally, as_switch
+from finetune.files import Row, read_table
 
 SEED_TASKS = Path(__file__).with_name("seed_tasks.jsonl")
+REMEDY = "give rows with instruction, input and output, or with instances of these"
 
 
-def read_seed_tasks(seed_tasks: str) -> list[Row]:
+class SeedTasks(NamedTuple):
+    """The tasks to begin with, and what is told of the rows that they stand in."""
+
+    tasks: list[Row]
+    tally: Tally
+
+
+def read_seed_tasks(seed_tasks: str) -> SeedTasks:
     """Return the tasks to begin with: those beside this file for auto, or the rows of another.
 
     A task has an instruction, an input that may be empty, an output, and is_classification: whether
     its output is one of a few fixed labels.
     """
     path = str(SEED_TASKS) if seed_tasks == "auto" else seed_tasks
-    remedy = "give a .jsonl or .json file, its rows with instruction, input and output"
-    with blame("SEED_TASKS", seed_tasks, remedy):
-        rows = read_table(path)
-        if not rows:
-            raise ValueError("it has no tasks")
-        return [task_of(row, number) for number, row in enumerate(rows, start=1)]
+    tasks = []
+    tally = Tally()
+    with blame("SEED_TASKS", seed_tasks, REMEDY, length=600):
+        for number, row in enumerate(read_table(path, by_name=True), start=1):
+            try:
+                tasks.append(task_of(Fields(row), tally))
+            except LeftOut as reason:
+                tally.left_out[str(reason)] += 1
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(f"row {number}: {error}") from error
+        if not tasks:
+            raise ValueError(f"it has no tasks: {tally.reasons() or 'no rows'}")
+    return SeedTasks(tasks, tally)
 
 
-def task_of(row: Any, number: int) -> Row:
+def texts_in(tasks: list[Row]) -> list[str]:
+    """Return all texts of the tasks."""
+    return [value for task in tasks for value in task.values() if isinstance(value, str)]
+
+
+def task_of(fields: Fields, tally: Tally) -> Row:
     """Return the seed task in a row, with an empty input and of no class where it has none."""
-    if not isinstance(row, dict):
-        raise ValueError(f"row {number} is {shorten(row)}, not in braces")
-    task: Row = {}
-    for name in ("instruction", "input", "output"):
-        text = value_of(row, name, default="")
-        is_lacking = not str(text).strip() and name != "input"
-        if is_lacking or not isinstance(text, str):
-            raise ValueError(f"row {number}: its {name} is {shorten(text)}, not a text")
-        task[name] = text.strip()
+    is_classification = False
+    if fields.has("is_classification"):
+        name = "is_classification"
+        is_classification = as_switch(fields.take(name), name)
+    row = {name: fields.row[name] for name in fields.row if name != "is_classification"}
 
-    label = value_of(row, "is_classification", default=False)
-    if not isinstance(label, bool):
-        problem = f"its is_classification is {shorten(label)}, not true or false"
-        raise ValueError(f"row {number}: {problem}")
-    task["is_classification"] = label
+    # As Self-Instruct has them: an instruction, and instances of it, of which the first is shown.
+    if fields.is_filled("instances"):
+        instances = fields.take_list("instances")
+        if not isinstance(instances[0], dict):
+            raise ValueError(f"its instances has {shorten(instances[0])}, not in braces")
+        tally.changed["instances after the first"] += len(instances) - 1
+        row = {name: row[name] for name in row if name != "instances"} | instances[0]
 
-    # An error for half a character, which could not be written.
-    json.dumps(task, ensure_ascii=False).encode()
-    return task
-
-
-def value_of(row: Row, name: str, default: Any) -> Any:
-    """Return what a row has of that name, the default where that is nothing or null."""
-    value = row.get(name)
-    return default if value is None else value
+    dialogue = read_answered(row, tally)
+    is_marked = dialogue.turns[-1].get("weight") == 0
+    if dialogue.form == "text" or len(dialogue.turns) != 2 or is_marked:
+        raise LeftOut("that are no instruction with an answer")
+    asked, answer = dialogue.turns
+    instruction = asked["content"].strip()
+    if not instruction or not answer["content"].strip():
+        raise LeftOut("without an instruction or an answer")
+    return {
+        "instruction": instruction,
+        "input": asked.get("input", ""),
+        "output": answer["content"].strip(),
+        "is_classification": is_classification,
+    }

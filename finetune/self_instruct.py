@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 from rouge_score.rouge_scorer import RougeScorer
 
-from finetune.data import Row
+from finetune.files import Row
 
 if TYPE_CHECKING:
     from finetune.writer import Writer

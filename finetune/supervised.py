@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from finetune.checkpoint import Checkpoint
 from finetune.command import Stop, stop_on_signal
-from finetune.data import Row
+from finetune.fields import Tally
+from finetune.files import Row
 from finetune.processes import device_name
 from finetune.progress import Metrics, MetricsLog, count_steps, give_up_on_bad_numbers, recent
 from finetune.settings import StageSettings
@@ -280,19 +280,16 @@ class Recorder(transformers.TrainerCallback):
 
 
 # --------------------------------------------------------------------------- the screen
-def announce(stage: Stage, dtype: str, data: str, left_out: Counter[str]) -> None:
+def announce(stage: Stage, dtype: str, data: str, tally: Tally) -> None:
     """Print what is going to happen.
 
-    data: how many rows there are, in words. left_out: how many are left out, by reason.
+    data: how many examples there are, in words. tally: what is told of the others.
     """
     model, settings = stage.model, stage.settings
     total = model.num_parameters()
     trained = model.num_parameters(only_trainable=True)
-    for reason, number in left_out.items():
-        if number:
-            data += f", {number} {reason}"
     print(f"Model     {settings.model_name}, {total:,} parameters, {trained:,} of them trained")
     print(f"Device    {device_name(model.device)}, {dtype} weights")
-    print(f"Data      {settings.data}: {data}")
+    print(f"Data      {settings.data}: {data}{tally.in_words()}")
     print(f"Training  {stage.steps} steps of {settings.batch_size}, seed {settings.seed}")
     print(f"Output    {settings.output_dir}/\n", flush=True)

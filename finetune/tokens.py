@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import transformers
 
-from finetune.data import Row, is_turn, last_said
-from finetune.errors import SettingsError, blame, shorten
+from finetune.files import Row
 from finetune.hub import base_of
+from finetune.prompts import is_turn
 
 
 # ------------------------------------------------------------------------ the tokenizer
@@ -74,18 +74,62 @@ def encode(
     chat_template: bool,
 ) -> list[torch.Tensor]:
     """Return the queries, a 1-D tensor of token ids for the prompt of each row."""
+    # A decoder's queries are padded on the left.
+    is_decoder = tokenizer.padding_side == "left"
     queries = []
     for row in rows:
         prompt = row["prompt"]
         if not is_turn(prompt, chat_template):
-            inputs = tokenizer(prompt)
+            ids = prompt_ids(tokenizer, prompt, is_decoder)
         else:
             # The template has a start token, where one is wanted.
             is_text = isinstance(prompt, str)
-            turns = [{"role": "user", "content": prompt}] if is_text else prompt
-            inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-        queries.append(torch.tensor(inputs["input_ids"]))
+            inputs: Any = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}] if is_text else prompt,
+                tools=None if is_text else row.get("tools"),
+                add_generation_prompt=True,
+            )
+            ids = inputs["input_ids"]
+        queries.append(torch.tensor(ids))
     return queries
+
+
+def prompt_ids(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    text: str,
+    is_decoder: bool,
+) -> list[int]:
+    """Return the token ids of a text that is to be continued."""
+    ids = without_second_start(tokenizer, tokenizer(text)["input_ids"])
+    # Some tokenizers put an end token behind every text, after which a decoder would be done.
+    end = tokenizer.eos_token_id
+    is_own = text.rstrip().endswith(tokenizer.eos_token) and ids[-2:] != [end, end]
+    return ids[:-1] if is_decoder and ids[-1:] == [end] and not is_own else ids
+
+
+def without_second_start(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    ids: list[int],
+) -> list[int]:
+    """Return the ids of a text, with one start token where it has its own and the tokenizer's."""
+    start = tokenizer.bos_token_id
+    return ids[1:] if start is not None and ids[:2] == [start, start] else ids
+
+
+def render(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    turns: list[Row],
+    tools: list[Any] | None = None,
+    add_generation_prompt: bool = False,
+) -> str:
+    """Return turns as a text in the tokenizer's chat template, or raise whatever it raises."""
+    text = tokenizer.apply_chat_template(
+        turns,
+        tools=tools,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+    )
+    return str(text)
 
 
 def texts_of(
@@ -177,33 +221,3 @@ def for_decoder(
         "decoder_input_ids": torch.cat([start, ids[:, -length:-1]], dim=1),
     }
     return decoder_inputs, torch.arange(length, device=ids.device)
-
-
-# -------------------------------------------------------------------------- the context
-def prompts_that_fit(
-    context: float,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    rows: list[Row],
-    settings: Any,
-) -> list[Row]:
-    """Return the rows whose prompts leave room for a response in the model's context.
-
-    context: in tokens, as from context_of. settings: of them CHAT_TEMPLATE and
-    MAX_NEW_TOKENS are read. Raises SettingsError where the template refuses the prompts,
-    or where none of them fits.
-    """
-    remedy = "name a model with a chat template that takes these prompts, "
-    remedy += "or give texts and False"
-    with blame("CHAT_TEMPLATE", settings.chat_template, remedy):
-        queries = encode(tokenizer, rows, settings.chat_template)
-
-    room = context - settings.max_new_tokens
-    fitting = [row for row, query in zip(rows, queries) if len(query) <= room]
-    if rows and not fitting:
-        first = shorten(last_said(rows[0]["prompt"]))
-        problem = f"MAX_NEW_TOKENS is {settings.max_new_tokens}, "
-        problem += "too many for every prompt, such as"
-        prompt = f"{first!r}, {len(queries[0])} tokens"
-        remedy = f"give less, or shorter prompts; the model's context is {context}"
-        raise SettingsError(f"{problem} {prompt}: {remedy}")
-    return fitting

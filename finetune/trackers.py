@@ -10,8 +10,9 @@ from typing import Any, Self
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from finetune.data import Row, last_said
 from finetune.errors import RunError, shorten
+from finetune.files import Row
+from finetune.prompts import last_said
 from finetune.settings import TrainingSettings
 
 

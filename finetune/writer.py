@@ -1,6 +1,6 @@
 """A language model that goes on with prompts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from finetune.errors import blame
 from finetune.hub import context_of, find_model
+from finetune.loading import check_ids
 from finetune.models import load_base_model
 from finetune.tokens import encode, end_tokens, load_tokenizer, pad, texts_of
 
@@ -28,10 +29,12 @@ class Writer:
         device: torch.device,
         dtype: str,
         shortest_prompt: str,
+        texts: Sequence[str] = (),
     ) -> None:
         """Load the model, and refuse one whose context has no room for the shortest prompt.
 
-        settings: model_name, quantization, max_new_tokens and batch_size are used.
+        settings: model_name, quantization, max_new_tokens and batch_size are used. texts: of which
+        prompts are made, refused where the model's embedding does not know their tokens.
         """
         remedy = "name a causal language model with config.json, *.safetensors and a tokenizer"
         with blame("MODEL_NAME", settings.model_name, remedy):
@@ -39,6 +42,8 @@ class Writer:
             self.tokenizer = load_tokenizer(path)
             model = load_base_model(path, device, dtype, settings.quantization)
             self.model = model.eval()
+            sequences = [self.tokenizer(text)["input_ids"] for text in (shortest_prompt, *texts)]
+            check_ids(model, self.tokenizer, sequences)
 
             # An answer takes half of the context at most: the rest is for examples.
             self.context = context_of(path)

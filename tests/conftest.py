@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_rlhf
 from finetune import models, processes, sampling, tokens
-from finetune.data import read_prompts
+from finetune.prompts import read_prompts
 from finetune.settings import read_settings as read_settings_of
 
 SMALL = ["--device", "cpu", "--batch-size", "4", "--max-new-tokens", "8", "--eval-samples", "12"]

@@ -22,7 +22,7 @@ import train_reward_model
 import train_sft
 from finetune.measurement import Measured, make_report
 from finetune.output import write_report
-from finetune.scorers import Scale
+from finetune.scale import Scale
 from finetune.settings import read_settings as read_settings_of
 from finetune.summary import summarize
 

@@ -17,7 +17,6 @@ from finetune import measurement
 from finetune.checkpoint import (
     Checkpoint,
     check_resume,
-    hash_files,
     read_checkpoint,
     state_path,
     write_state,
@@ -25,7 +24,7 @@ from finetune.checkpoint import (
 from finetune.errors import SettingsError
 from finetune.output import claim_output
 from finetune.progress import count_steps
-from finetune.scorers import Scale
+from finetune.scale import Scale
 
 RECORD = {"step": 1, "samples": 4, "success_rate": 0.5, "score": 0.0, "kl": 0.0, "approx_kl": 0.001}
 METRICS = [RECORD | {"skipped_updates": 0, "seconds": 1.0}]
@@ -227,17 +226,6 @@ def test_a_crash_while_saving_leaves_a_whole_checkpoint(saved, resume, monkeypat
     with claim_output(output, resume=True):
         save(saved, METRICS * 2)
     assert load(saved, resume())["metrics"] == METRICS * 2
-
-
-def test_files_are_told_apart_by_what_is_in_them(tmp_path):
-    texts = {"one": "same", "two": "same", "three": "other"}
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
-    paths = [str(tmp_path / name) for name in texts]
-    hashes = hash_files([*paths, "I feel so", "", str(tmp_path)])
-    assert [*hashes] == paths
-    one, two, three = hashes.values()
-    assert one == two != three
 
 
 # ----------------------------------------------------------------------- other settings

@@ -29,7 +29,9 @@ import train_sft
 from finetune import command, models
 from finetune.checkpoint import trained_weights
 from finetune.errors import shorten
+from finetune.loading import load_model
 from finetune.processes import join_processes, random_numbers
+from finetune.prompts import read_prompts
 from finetune.sampling import sample_responses
 from finetune.tokens import encode
 
@@ -115,14 +117,14 @@ def make(read_settings, tmp_path_factory):
         places = ["--model-name", str(folder), "--output-dir", str(tmp_path_factory.mktemp("out"))]
         settings = read_settings(*places, *FLAGS, *flags)
         device = join_processes("cpu")
-        rows = [{"prompt": prompt} for prompt in settings.prompts]
+        prompts = read_prompts(settings.prompts, [], 0, "auto", settings.seed)
         dtype = "float32" if settings.dtype == "auto" else settings.dtype
         command.silence_libraries()
-        model, tokenizer, rows, _ = models.load_model(settings, rows, [], device, dtype)
+        model, tokenizer, prompts = load_model(settings, prompts, device, dtype)
         policy = train_rlhf.make_policy(model, tokenizer, settings)
         return SimpleNamespace(
             settings=settings,
-            rows=rows,
+            rows=prompts.rows,
             tokenizer=tokenizer,
             policy=policy,
             model=policy.pretrained_model,

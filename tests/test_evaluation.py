@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import train_rlhf
 from finetune import evaluation, tokens
 from finetune.processes import random_numbers
-from finetune.scorers import Scale
+from finetune.scale import Scale
 
 FULL = bool(os.environ.get("CI_FULL"))
 TEMPERATURES = [2.0, 1.0] if FULL else [2.0]

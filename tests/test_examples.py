@@ -1,26 +1,30 @@
-"""Examples to learn from: how a row is read, put into a template, and which tokens are learned."""
+"""Examples to learn from: how a row is read, and how it is put into a template."""
 
 import json
 import re
-from collections import Counter
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from finetune.data import read_data
 from finetune.errors import SettingsError
 from finetune.examples import (
+    EXAMPLES,
+    answers_in,
     chat_template_of,
     check_template,
-    conversation,
     fill,
-    read_examples,
-    tokenize,
+    in_template,
+    learned_places,
 )
+from finetune.fields import Tally
+from finetune.labels import tokenize
 from finetune.tokens import load_tokenizer
 from train_sft import TEMPLATE
 
 SHORT = "Task: {instruction}\n\nInput: {input}\n\nAnswer:\n"
+AS_IT_IS = "{instruction}"
 
 
 def turns(*texts, first="user"):
@@ -34,32 +38,26 @@ def write(path, rows):
     return str(path)
 
 
-def read(path, template=SHORT):
-    """Return all rows of a file, sorted, and what was left out."""
-    rows, eval_rows, left_out = read_examples(str(path), template, 0.1, 0)
-    return sorted(rows + eval_rows, key=str), left_out
+def read(path):
+    """Return all examples of a file, sorted, and what is told of the others."""
+    data = read_data(str(path), 0.1, 0, EXAMPLES)
+    return sorted(data.rows + data.eval_rows, key=str), data.tally
 
 
-def row_of(prompt, answer):
-    return {"prompt": prompt, "answer": answer, "shown": prompt or answer}
+def row_of(prompt, answer, tools=None):
+    """Return an example of an instruction, of a text where it is empty, or of messages."""
+    if isinstance(prompt, list):
+        said = [*prompt, *answer]
+        return {"turns": said, "form": "messages", "tools": tools, "shown": said[0]["content"]}
+    form = "instruction" if prompt else "text"
+    said = turns(prompt, answer) if prompt else turns(answer)
+    return {"turns": said, "form": form, "tools": None, "shown": prompt or answer}
 
 
-def tokens_of(tokenizer, row):
-    """Return the example of a row that is short enough."""
-    (example,), _ = tokenize(tokenizer, [row], 512, Counter())
+def tokens_of(tokenizer, row, template=AS_IT_IS):
+    """Return the example of a row that is short enough, and has one."""
+    (example,), _ = tokenize(tokenizer, [row], template, 512, Tally())
     return example
-
-
-def learned(example):
-    """Return the learned tokens of an example, in pieces without a gap."""
-    pieces, before = [], False
-    for token, label in zip(example["input_ids"], example["labels"]):
-        assert label in (token, -100)
-        if label != -100:
-            pieces = pieces if before else [*pieces, []]
-            pieces[-1].append(label)
-        before = label != -100
-    return pieces
 
 
 def right_padded(path):
@@ -89,16 +87,17 @@ def test_an_instruction_is_read_with_its_input_and_without(tmp_path):
         {"instruction": "Stop", "input": "\\<noinput\\>.", "output": "no"},
         {"prompt": "봄은?", "completion": "따뜻합니다"},
     ]
-    found, left_out = read(write(tmp_path / "rows.json", rows))
-    assert {row["prompt"]: (row["answer"], row["shown"]) for row in found} == {
-        "Task: Add\n\nInput: 1 2\n\nAnswer:\n": ("3", "Add 1 2"),
-        "Task: Sing\n\nAnswer:\n": ("la", "Sing"),
-        "Task: Hum\n\nAnswer:\n": ("mm", "Hum"),
-        "Task: Rest\n\nAnswer:\n": ("ok", "Rest"),
-        "Task: Stop\n\nAnswer:\n": ("no", "Stop"),
-        "Task: 봄은?\n\nAnswer:\n": ("따뜻합니다", "봄은?"),
+    found, tally = read(write(tmp_path / "rows.json", rows))
+    texts = [in_template(SHORT, row, "</s>")[0] for row in found]
+    assert dict(zip(texts, [row["shown"] for row in found])) == {
+        "Task: Add\n\nInput: 1 2\n\nAnswer:\n3": "Add 1 2",
+        "Task: Sing\n\nAnswer:\nla": "Sing",
+        "Task: Hum\n\nAnswer:\nmm": "Hum",
+        "Task: Rest\n\nAnswer:\nok": "Rest",
+        "Task: Stop\n\nAnswer:\nno": "Stop",
+        "Task: 봄은?\n\nAnswer:\n따뜻합니다": "봄은?",
     }
-    assert left_out == {'inputs that say "noinput"': 2}
+    assert tally.changed == {'inputs that say "noinput"': 2}
 
 
 def test_conversations_are_read_with_system_turns_and_several_answers(tmp_path):
@@ -106,20 +105,24 @@ def test_conversations_are_read_with_system_turns_and_several_answers(tmp_path):
     talks = [turns("a", "b", "c", "d"), [system, *turns("a", "b")], turns("x", "y", "z")]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"messages": talk, "id": 1}) for talk in talks))
-    found, _ = read(path)
-    assert sorted(str(row["messages"]) for row in found) == sorted(map(str, talks))
+    found, tally = read(path)
+    assert sorted(str(row["turns"]) for row in found) == sorted(map(str, talks))
     assert {row["shown"] for row in found} == {"a", "x"}
+    assert {row["form"] for row in found} == {"messages"}
+    assert tally.unused == {"id": 3}
 
 
 def test_lines_are_texts_to_learn_whole(tmp_path):
     path = tmp_path / "rows.txt"
     path.write_text("Once upon a time there was one.\n\n{input} stays\n", encoding="utf-8")
     found, _ = read(path)
-    assert [(row["prompt"], row["answer"]) for row in found] == [
-        ("", "Once upon a time there was one."),
-        ("", "{input} stays"),
+    wanted = ["Once upon a time there was one.", "{input} stays"]
+    assert [row["turns"][0]["content"] for row in found] == wanted
+    assert [(row["form"], row["shown"]) for row in found] == [
+        ("text", "Once upon a time"),
+        ("text", "{input} stays"),
     ]
-    as_rows = write(tmp_path / "rows.json", [{"text": row["answer"]} for row in found])
+    as_rows = write(tmp_path / "rows.json", [{"text": text} for text in wanted])
     assert read(as_rows)[0] == found
 
 
@@ -129,14 +132,32 @@ def test_what_is_dropped_is_counted(tmp_path):
         {"instruction": "Sing", "input": "", "output": "la"},  # the same, said otherwise
         {"instruction": "Sing", "output": "lo"},
         {"instruction": "Hum", "output": " \n"},
+        {"instruction": "Hum", "output": None},
         {"messages": turns("Hi", "")},
-        {"messages": turns("Hi", "Ho", "Hi", " ")},
+        {"messages": turns("Hi", "Ho", "Hi", " ")},  # of which the first answer is learned
         {"messages": turns("Hello, I greet you", "Hi", first="assistant")},  # answers nothing
         {"text": " "},
     ]
-    found, left_out = read(write(tmp_path / "rows.json", rows))
-    assert [row["answer"] for row in found] == ["la", "lo"]
-    assert left_out == {"given twice": 1, "without an answer": 5}
+    found, tally = read(write(tmp_path / "rows.json", rows))
+    answers = [answer["content"] for answer in answers_in(found)]
+    assert sorted(answers) == ["Ho", "la", "lo"]
+    assert tally.reasons() == "1 given twice, 5 without an answer"
+
+
+def test_where_no_row_is_left_all_reasons_are_told(tmp_path):
+    rows = [
+        {"messages": [{"role": "narrator", "content": "Once"}]},
+        {"instruction": "Hum", "output": ""},
+        {"instruction": "Hum", "output": "mm"},
+        {"instruction": "Hum", "output": "mm"},
+    ]
+    path = write(tmp_path / "rows.json", rows)
+    with pytest.raises(SettingsError) as told:
+        read(path)
+    reasons = "1 with the unknown role narrator, 1 without an answer, 1 given twice"
+    problem = f"1 of 4 rows can be used, where 2 are the least: {reasons}"
+    found = f"{problem}; the first row has messages"
+    assert f": it can't be used ({found})" in str(told.value)
 
 
 def test_alpaca_is_read(shared):
@@ -144,12 +165,16 @@ def test_alpaca_is_read(shared):
     rows = json.loads(path.read_text(encoding="utf-8"))
     letters = ["".join(filter(str.isalpha, row["input"])).lower() for row in rows]
     noinput = letters.count("noinput")
-    found, left_out = read(path, TEMPLATE)
-    assert left_out.pop('inputs that say "noinput"') == noinput >= 20
-    assert left_out == {"without an answer": 2}
+    found, tally = read(path)
+    assert tally.changed == {'inputs that say "noinput"': noinput} and noinput >= 20
+    assert tally.reasons() == "2 without an answer" and not tally.unused
     assert len(found) == 4998
-    assert not any("noinput" in row["prompt"].lower() for row in found)
-    with_block = sum("### Input:" in row["prompt"] for row in found)
+    prompts = []
+    for row in found:
+        text, ((start, _),) = in_template(TEMPLATE, row, "")
+        prompts.append(text[:start])
+    assert not any("noinput" in prompt.lower() for prompt in prompts)
+    with_block = sum("### Input:" in prompt for prompt in prompts)
     with_input = sum(bool(row["input"]) for row in rows if row["output"].strip())
     assert with_block == with_input - noinput
 
@@ -157,18 +182,37 @@ def test_alpaca_is_read(shared):
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"instruction": "Hi"}, "row 2: it has no 'output'"),
-        ({"prompt": "Hi"}, "row 2: it has no 'completion'"),
-        ({"prompt": "Hi", "completion": None}, "row 2: its completion is None, no text"),
-        ({"question": "Hi"}, "row 2: it has no 'text'"),
-        (7, "row 2: "),
-        (["Hi", "Ho"], "row 2: "),
-        ({"instruction": "Hi", "input": 7, "output": "Ho"}, "row 2: its input is 7"),
-        ({"messages": turns("Hi")}, "row 2: its messages are"),
-        ({"messages": "Hi"}, "row 2: its messages are Hi: no conversation"),
-        ({"messages": ["Hi", "Ho"]}, "row 2: "),
-        ({"messages": [{"role": "user"}] * 2}, "row 2: it has no 'content'"),
-        ({"instruction": "Hi", "output": ""}, "1 rows of it can be used, where 2"),
+        ({"instruction": "Hi"}, "row 2: it has nothing that answers its instruction"),
+        ({"prompt": "Hi"}, "row 2: it has nothing that answers its prompt: its fields are prompt"),
+        pytest.param(
+            {"prompt": "Hi", "completion": 7},
+            "row 2: its completion is 7, no text",
+        ),
+        ({"prompt": "Hi", "completion": None}, "1 of 2 rows can be used"),
+        ({"question": "Hi"}, "row 2: it has nothing that answers its question"),
+        ({"title": "Hi", "": 1}, "row 2: it has nothing that asks: its fields are title,"),
+        ({}, "row 2: it has nothing that asks: its fields are none"),
+        (7, "row 2: it is 7: no text, and nothing with fields"),
+        (["Hi", "Ho"], "row 2: it is ['Hi', 'Ho']: no text"),
+        ({"instruction": "Hi", "input": 7, "output": "Ho"}, "row 2: its input is 7, no text"),
+        ({"instruction": "Hi", "output": "\0"}, "row 2: its output is"),
+        ({"instruction": "Hi", "output": "\ud800"}, "row 2: its output is"),
+        ({"text": 7}, "row 2: its text is 7"),
+        ({"messages": "Hi"}, "row 2: its messages is Hi, no list"),
+        ({"messages": ["Hi", "Ho"]}, "row 2: its messages has Hi, no message"),
+        ({"messages": [{"role": "user"}] * 2}, "row 2: its messages 1 has no content, but role"),
+        ({"messages": [{"content": "Hi"}]}, "row 2: its messages 1 has no role, but content"),
+        (
+            {"messages": [{"role": "user", "content": 7}]},
+            "row 2: its messages 1, content is 7, no text",
+        ),
+        ({"messages": [{"role": 1, "content": "Hi"}]}, "row 2: its messages 1, role is 1, no text"),
+        (
+            {"instruction": "Hi", "output": "Ho", "history": [["a"]]},
+            "row 2: its history has ['a'], no pair of texts",
+        ),
+        ({"instruction": "Hi", "output": "Ho", "history": "a"}, "row 2: its history is a, no list"),
+        ({"instruction": "Hi", "output": ""}, "1 of 2 rows can be used"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, problem):
@@ -178,6 +222,17 @@ def test_a_bad_row_is_named(tmp_path, row, problem):
     assert f"DATA is {path}: it can't be used ({problem}" in str(told.value)
     remedy = "give rows with instruction and output, prompt and completion, messages, or text"
     assert str(told.value).endswith(f"): {remedy}")
+
+
+def test_what_was_marked_or_says_nothing_is_no_answer_to_learn():
+    said = [*turns("Hi", "Ho", "Hi", " ", "Hi", "Hum"), *turns("Ha", first="assistant")]
+    said[1]["weight"] = 0
+    assert learned_places(said, "messages") == [5, 6]
+    assert learned_places(turns("Hello", "Hi", first="assistant"), "messages") == []
+    calls = [{"role": "assistant", "content": "", "tool_calls": [{}]}]
+    assert learned_places(turns("Hi") + calls, "messages") == [1]
+    assert learned_places(turns("Hi"), "text") == [0]
+    assert learned_places(turns(" "), "text") == []
 
 
 # ---------------------------------------------------------- the template
@@ -214,8 +269,8 @@ def test_a_template_that_would_not_work_is_refused(template, problem):
 def test_the_chat_template_asks_in_the_tokens_of_the_training(model, demo_model, shared_model):
     tokenizer = right_padded(demo_model if model == "demo_model" else shared_model(model))
     for template in (TEMPLATE, '{instruction} "}}" {{ x }} {% if %} \\n 🙂 봄\n'):
-        row = row_of(fill(template, "Say it.", ""), "You are kind.")
-        example = tokens_of(tokenizer, row)
+        row = row_of("Say it.", "You are kind.")
+        example = tokens_of(tokenizer, row, template)
         trained = example["input_ids"][: example["labels"].count(-100)]
         assert trained[0] == tokenizer.bos_token_id
         tokenizer.chat_template = chat_template_of(tokenizer, [row], template)
@@ -229,107 +284,24 @@ def test_the_chat_template_asks_in_the_tokens_of_the_training(model, demo_model,
 def test_a_tokenizer_without_a_start_token_gets_none(demo_model):
     tokenizer = AutoTokenizer.from_pretrained(demo_model, bos_token=None)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
-    rows = [row_of("Hi\n", "Ho")]
+    rows = [row_of("Hi", "Ho")]
     tokenizer.chat_template = chat_template_of(tokenizer, rows, "{instruction}\n")
     asked = tokenizer.apply_chat_template(turns("Hi"), tokenize=False)
     assert asked == "Hi\n"
 
 
 def test_conversations_and_texts_keep_the_chat_template_there_is(tinyllama):
-    for row in ({"messages": turns("Hi", "Ho")}, row_of("", "Ho")):
+    for row in (row_of(turns("Hi"), turns("Ho", first="assistant")), row_of("", "Ho")):
         assert chat_template_of(tinyllama, [row], SHORT) == tinyllama.chat_template
 
 
-# ------------------------------------------------------- what is learned
-def bytes_of(tokenizer, token):
-    """Return the bytes that a token of TinyLlama stands for."""
-    text = tokenizer.convert_ids_to_tokens(token)
-    if re.fullmatch("<0x..>", text):
-        return bytes([int(text[3:5], 16)])
-    return b"" if token in tokenizer.all_special_ids else text.replace("▁", " ").encode()
-
-
-@pytest.mark.parametrize("answer", ["You are kind.", "  two spaces", "\nnew", "봄은 뷁 🙂", "{}"])
-def test_the_learned_tokens_are_those_that_reach_into_the_answer(tinyllama, answer):
-    """The place of a token is counted in bytes, without the offsets that a tokenizer tells."""
-    prompt = "Task: 봄은?\n\nAnswer:\n"
-    example = tokens_of(tinyllama, row_of(prompt, answer))
-    ids, labels = example["input_ids"], example["labels"]
-    assert ids == [*tinyllama(prompt + answer)["input_ids"], tinyllama.eos_token_id]
-    reached, wanted = -1, []  # the space that the tokenizer puts before a text
-    for token in ids:
-        reached += len(bytes_of(tinyllama, token))
-        is_learned = reached > len(prompt.encode()) or token == tinyllama.eos_token_id
-        wanted.append(token if is_learned else -100)
-    assert labels == wanted
-    assert bytes_of(tinyllama, ids[1])[:1] == b" "
-    assert reached == len((prompt + answer).encode())
-
-
-def test_prompt_and_answer_are_one_text(tokenizer):
-    example = tokens_of(tokenizer, row_of("I am hap", "py."))
-    answer = tokenizer("py.", add_special_tokens=False)["input_ids"]
-    apart = tokenizer("I am hap")["input_ids"] + answer
-    assert example["input_ids"][:-1] != apart
-    assert example["input_ids"][:-1] == tokenizer("I am happy.")["input_ids"]
-    ends = tokenizer.convert_ids_to_tokens(learned(example)[0])
-    assert ends == ["Ġhappy", ".", "</s>"]
-
-
-def test_a_text_is_learned_whole(tokenizer):
-    example = tokens_of(tokenizer, row_of("", "I am so happy."))
-    assert example["labels"] == [-100, *example["input_ids"][1:]]
-    assert tokenizer.decode(example["input_ids"]) == "<s>I am so happy.</s>"
-
-
-def test_an_end_that_the_tokenizer_adds_is_the_only_one_and_is_learned(demo_model):
-    tokenizer = right_padded(demo_model)
-    ends = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
-    processor = TemplateProcessing("<s> $A </s>", None, ends)
-    tokenizer.backend_tokenizer.post_processor = processor
-    example = tokens_of(tokenizer, row_of("Say\n", "happy."))
-    assert tokenizer.decode(example["input_ids"]) == "<s>Say\nhappy.</s>"
-    ends = tokenizer.convert_ids_to_tokens(learned(example)[0])
-    assert ends == ["happy", ".", "</s>"]
-
-
-def test_what_is_too_long_is_cut_or_dropped_and_told(tokenizer):
-    rows = [
-        row_of("Q\n", "I am happy."),
-        row_of("Q\n", "I am so happy and so glad."),
-        row_of("I am so happy and so glad and so calm\n", "Yes."),
-    ]
-    whole, _ = tokenize(tokenizer, rows, 512, Counter())
-    length, left_out = len(whole[0]["input_ids"]), Counter()
-    examples, kept = tokenize(tokenizer, rows, length, left_out)
-    assert kept == rows[:2]
-    assert left_out == {"too long for an answer": 1, "cut": 1}
-    assert examples[0] == whole[0]
-    assert examples[1] == {name: whole[1][name][:length] for name in whole[1]}
-    with pytest.raises(SettingsError, match="MAX_LENGTH is 2 here: give more or shorter"):
-        tokenize(tokenizer, rows, 2, Counter())
-
-
-def test_of_a_conversation_the_answers_and_their_ends_are_learned(tinyllama):
+def test_the_chat_template_asks_with_a_system_text_and_what_was_said_before(tokenizer):
     system = {"role": "system", "content": "Be kind."}
-    talk = [system, *turns("Hi", "Hello there", "Bye", "See you")]
-    example = tokens_of(tinyllama, {"messages": talk})
-    wanted = ["Hello there</s>", "See you</s>"]
-    assert [tinyllama.decode(piece) for piece in learned(example)] == wanted
-    text = tinyllama.apply_chat_template(talk, tokenize=False)
-    assert example["input_ids"] == tinyllama(text, add_special_tokens=False)["input_ids"]
-    opened = turns("Welcome", "Hi", "Ho", first="assistant")
-    example = tokens_of(tinyllama, {"messages": opened})
-    assert [tinyllama.decode(piece) for piece in learned(example)] == ["Ho</s>"]
-
-
-FORGETFUL = "{% for m in messages[-2:] %}{{ m['content'] + eos_token }}{% endfor %}"
-ENDS_ONCE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-ENDS_ONCE += "{% if messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-
-
-@pytest.mark.parametrize("template", [FORGETFUL, ENDS_ONCE])
-def test_a_chat_template_that_changes_what_was_said_is_refused(demo_model, template):
-    tokenizer = AutoTokenizer.from_pretrained(demo_model, chat_template=template)
-    with pytest.raises(ValueError, match="chat template changes"):
-        conversation(tokenizer, turns("a", "b", "c", "d"))
+    row = row_of("Hi", "Ho")
+    row["turns"] = [system, *turns("Hi", "Ho", "And?", "Two")]
+    example = tokens_of(tokenizer, row, SHORT)
+    text = "<s>Be kind.\n\nTask: Hi\n\nAnswer:\nHo</s>Task: And?\n\nAnswer:\nTwo</s>"
+    assert tokenizer.decode(example["input_ids"]) == text
+    asker = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    asker.chat_template = chat_template_of(tokenizer, [row], SHORT)
+    assert asker.apply_chat_template(row["turns"])["input_ids"] == example["input_ids"]

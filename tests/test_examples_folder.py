@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from finetune.comparisons import COMPARISONS
+from finetune.data import read_data
+from finetune.examples import EXAMPLES
 from train_rlhf import load_reward
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
@@ -90,3 +93,24 @@ def test_the_data_is_what_it_says(make_data, monkeypatch, tmp_path, capsys):
         }
         assert truth["chosen"] > truth["rejected"]
         assert all(text[0] in " .,!'" for text in row.values())  # what is sampled goes on
+
+
+def test_the_data_is_read_whole(make_data, monkeypatch, tmp_path):
+    """Nothing of it is left out, and each field is used."""
+    flags = ["--pairs", "12", "--texts", "12", "--output-dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["make_data.py", *flags])
+    make_data["main"]()
+    texts, pairs = (tmp_path / f"{name}.jsonl" for name in ("texts", "pairs"))
+
+    found = read_data(str(texts), 0.25, 0, EXAMPLES)
+    said = [example["turns"][0]["content"] for example in found.rows + found.eval_rows]
+    wanted = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    assert (sorted(said), found.tally.in_words()) == (sorted(wanted), "")
+
+    found = read_data(str(pairs), 0.25, 0, COMPARISONS)
+    said, wanted = [], []
+    for (pair,) in found.rows + found.eval_rows:
+        said.append([dialogue.turns[0]["content"] for dialogue in pair])
+    for row in map(json.loads, pairs.read_text().splitlines()):
+        wanted.append([row["prompt"] + row[name] for name in ("chosen", "rejected")])
+    assert (sorted(said), found.tally.in_words()) == (sorted(wanted), "")

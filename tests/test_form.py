@@ -22,8 +22,10 @@ from packaging.specifiers import SpecifierSet
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train_rlhf", "train_sft", "train_reward_model", "make_instructions"]
 ORDER = [  # of the files in finetune/: each imports only from those before it
-    *("errors", "processes", "settings", "data", "hub", "checks", "command"),
-    *("examples", "comparisons", "seed_tasks", "functions", "tokens", "models", "scorers"),
+    *("errors", "processes", "settings", "hub", "checks", "command"),
+    *("hub_data", "files", "fields", "messages", "data", "prompts"),
+    *("examples", "comparisons", "seed_tasks", "functions", "tokens", "chat", "labels"),
+    *("judged", "models", "loading", "scale", "classifiers", "scorers"),
     *("checkpoint", "trackers", "progress", "output", "sampling", "batches", "supervised"),
     *("held_out", "heads", "writer", "self_instruct", "answers"),
     *("measurement", "summary", "evaluation"),

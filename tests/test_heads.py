@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import refusals
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_comparisons import write_lines
 from transformers import (
@@ -21,9 +22,9 @@ from transformers import (
 )
 
 import train_reward_model
-from finetune.comparisons import tokenize
+from finetune.classifiers import load_classifier
 from finetune.heads import load_with_head, save_with_head
-from finetune.scorers import load_classifier
+from finetune.judged import tokenize
 from finetune.settings import read_settings
 
 FULL = bool(os.environ.get("CI_FULL"))
@@ -198,7 +199,48 @@ def test_a_quantized_model_is_saved_whole(classifiers, demo_model, run, tmp_path
     check_scores(folder, report_of(folder), allowed)
 
 
+@pytest.mark.parametrize("pad", ["<pad>", None, "</s>"])
+def test_the_tokenizer_of_the_adapter_has_no_token_that_the_base_lacks(run, gpt2, tmp_path, pad):
+    """The model beside it has the pad token that was added, and a row for it."""
+    base = shutil.copytree(gpt2, tmp_path / "base")
+    before = AutoTokenizer.from_pretrained(base)
+    before.pad_token = pad
+    before.save_pretrained(base)
+    assert run(base) == 0
+    folder = tmp_path / "reward_model"
+    whole, alone = (AutoTokenizer.from_pretrained(path) for path in (folder, folder / "adapter"))
+    is_added = pad != "<pad>"
+    assert alone.get_vocab() == before.get_vocab()
+    assert ("<|pad|>" in whole.get_vocab()) == is_added
+    assert len(weights_of(folder)["transformer.wte.weight"]) == len(whole) == len(before) + is_added
+
+    # With the base it says what the model says.
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    model = PeftModel.from_pretrained(model, folder / "adapter").eval()
+    merged = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    for text in TEXTS[:3]:
+        ids = torch.tensor([alone(text)["input_ids"]])
+        assert whole(text)["input_ids"] == ids[0].tolist()
+        with torch.no_grad():
+            scores = [each(ids).logits.item() for each in (model, merged)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
 # ------------------------------------------------------- what is refused
+def test_ids_beyond_the_embedding_are_told_before_anything_is_written(
+    run, copy_of_demo_model, capsys
+):
+    """With both numbers."""
+    tokenizer = AutoTokenizer.from_pretrained(copy_of_demo_model)
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["ry go"])
+    tokenizer.save_pretrained(copy_of_demo_model)
+    (problem,) = refusals(run(copy_of_demo_model), capsys.readouterr().err)
+    assert problem.startswith("MODEL_NAME is ")
+    assert f"'ry go' with the id {rows}, but its embedding has {rows} rows" in problem
+    assert not Path("reward_model").exists()
+
+
 def test_a_head_alone_on_a_quantized_body(run, demo_model, capsys):
     status = run(demo_model, "--quantization", "4bit", "--lora-rank", 0)
     told = "QUANTIZATION is 4bit: give none, or LORA_RANK 1 or more"

@@ -9,13 +9,14 @@ from collections import Counter
 import pytest
 import torch
 from helpers import digests, refusals
+from transformers import AutoTokenizer
 
 import make_instructions
 from finetune.answers import tally
 from finetune.seed_tasks import read_seed_tasks
 from finetune.writer import Writer
 
-TASKS = read_seed_tasks("auto")
+TASKS = read_seed_tasks("auto").tasks
 SUBJECTS = ["a river", "two old friends", "the price of bread", "winter mornings", "a lost key"]
 VERBS = ["Describe", "Compare", "Rank", "Question", "Translate"]
 
@@ -23,7 +24,7 @@ VERBS = ["Describe", "Compare", "Rank", "Question", "Translate"]
 class FakeWriter(Writer):
     """A writer without a model: what it writes hangs on prompt and torch's random numbers."""
 
-    def __init__(self, settings, device, dtype, shortest_prompt):
+    def __init__(self, settings, device, dtype, shortest_prompt, texts):
         self.tokenizer = lambda text: {"input_ids": text.split()}
         self.context, self.new_tokens = 400, 100
 
@@ -269,6 +270,57 @@ def test_there_is_nothing_to_go_on_from(run_fake, folder, capsys, content):
     assert problem.startswith("RESUME is True: it can't be used (")
     assert problem.endswith("): start without it")
     assert folder.exists() is (content is not None)
+
+
+SELF_INSTRUCT = [
+    {
+        "id": f"seed_task_{number}",
+        "name": "sounds",
+        "instruction": task["instruction"],
+        "instances": [{"input": task["input"], "output": task["output"]}] * 2,
+        "is_classification": task["is_classification"],
+    }
+    for number, task in enumerate(TASKS)
+]
+
+
+def test_seed_tasks_as_self_instruct_has_them_give_the_same_answers(
+    run_fake, folder, tmp_path, capsys
+):
+    assert run_fake() == 0
+    files = files_of(folder)
+    path = tmp_path / "seed_tasks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in SELF_INSTRUCT), encoding="utf-8")
+    capsys.readouterr()
+    assert run_fake("--seed-tasks", path) == 0
+    assert files_of(folder) == files
+    told = "12 instances after the first; fields not used: id (12), name (12)"
+    assert f"{told}\n" in capsys.readouterr().out
+
+
+def test_seed_tasks_of_dolly_may_stand_in_a_csv(run_fake, folder, tmp_path, capsys):
+    path = tmp_path / "tasks.csv"
+    path.write_text("instruction,context,response,category\nSay 2,,2,qa\nAdd,1 2,3,\nHum,,,\n")
+    assert run_fake("--seed-tasks", path) == 0
+    first, *_ = lines_of(folder / "answers.jsonl")
+    said = [(task["instruction"], task["input"], task["output"]) for task in first["seed_tasks"]]
+    assert said == [("Say 2", "", "2"), ("Add", "1 2", "3")]
+    told = "; left out: 1 without an instruction or an answer; fields not used: category (1)\n"
+    assert told in capsys.readouterr().out
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_told_before_anything_is_written(
+    run_main, copy_of_demo_model, folder, capsys
+):
+    tokenizer = AutoTokenizer.from_pretrained(copy_of_demo_model)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["kind"])  # a word of each prompt
+    tokenizer.save_pretrained(copy_of_demo_model)
+    status = run_main("--model-name", copy_of_demo_model, "--requests", "1")
+    (problem,) = refusals(status, capsys.readouterr().err)
+    assert problem.startswith("MODEL_NAME is ")
+    assert f"the id {size}, but its embedding has {size} rows" in problem
+    assert not folder.exists()
 
 
 # ------------------------------------------------------ the whole script

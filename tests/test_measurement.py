@@ -1,6 +1,7 @@
 """The figures of the report: each is worked out once more, by hand, and chance is no learning."""
 
 import math
+from collections import Counter
 from dataclasses import asdict
 from itertools import pairwise
 from types import SimpleNamespace
@@ -10,8 +11,10 @@ import torch
 from matplotlib.figure import Figure
 
 from finetune import measurement
+from finetune.fields import Tally
 from finetune.measurement import Measured, kl_minimum
-from finetune.scorers import Scale
+from finetune.prompts import Prompts
+from finetune.scale import Scale
 
 METRICS = [{"samples": 60, "seconds": 3.0}]  # of a run, as far as the report needs them
 
@@ -350,3 +353,25 @@ def test_the_picture_of_scores_that_are_all_equal_has_no_line_of_the_least_kl(
     assert "least KL for a mean score" not in lines
     assert lines["mean of the last 100 samples"] == [(0.2, -1.0)]
     assert lines["trained model, measured"] == [(1.0, -1.0)]
+
+
+# ----------------------------------------------------------------- what is told at first
+@pytest.mark.parametrize(
+    ("are_fields_used", "fields"), [(False, "; fields not used: id (5), source (4)"), (True, "")]
+)
+def test_what_is_left_out_and_not_used_is_told_with_the_prompts(
+    build, make_settings, capsys, are_fields_used, fields
+):
+    """A reward function gets all fields of a row, so that none of them is unused."""
+    built = build(make_settings())
+    left_out = Counter({"given twice": 3, "empty": 1, "too long": 0})
+    tally = Tally(left_out, Counter({"with a note": 2}), Counter({"id": 5, "source": 4}))
+    rows = [{"prompt": f"{number}"} for number in range(6)]
+    model = built.policy.pretrained_model
+    for eval_source, share in (("EVAL_PROMPTS", ""), ("EVAL_SHARE", ": EVAL_SHARE 0.1, in place")):
+        prompts = Prompts(rows[:4], rows[4:], eval_source, tally)
+        measurement.announce(model, built.settings, prompts, [], are_fields_used)
+        lines = capsys.readouterr().out.splitlines()
+        (line,) = [line for line in lines if line.startswith("Prompts ")]
+        assert line.startswith(f"Prompts   4 to train on, 2 held out{share}")
+        assert line.endswith(f", 2 with a note; left out: 3 given twice, 1 empty{fields}")

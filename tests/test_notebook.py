@@ -160,7 +160,7 @@ def test_cells_are_few_and_short(notebook, code):
 
 
 WANTED = """
-    train_rlhf.load_reward models.load_model train_rlhf.make_policy train_rlhf.make_trainer
+    train_rlhf.load_reward loading.load_model train_rlhf.make_policy train_rlhf.make_trainer
     sampling.sample_responses train_rlhf.train
     train_rlhf.sample_and_score trainer.make_batch trainer.policy_pass
     train_rlhf.compute_advantages

@@ -1,10 +1,14 @@
 """A run that can't go on is refused by main, before anything is loaded or touched."""
 
+import gzip
 import os
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import digests, refusals
+
+FLAGS = ["--device", "cpu", "--training-epochs", "30"]
 
 
 @pytest.fixture
@@ -13,7 +17,7 @@ def refused_resume(call_main, read_settings, demo_model, tmp_path, monkeypatch, 
 
     data: what the file holds in their place. Returns the problems, after a look at all files.
     """
-    flags = ["--model-name", str(demo_model), "--device", "cpu", "--training-epochs", "30"]
+    flags = ["--model-name", str(demo_model), *FLAGS]
     checkpoint = tmp_path / "trained_model" / "checkpoint"
 
     def call(*changed, data=None, **entries):
@@ -70,6 +74,25 @@ def test_a_prompt_file_that_is_missing_is_the_only_problem(refused_resume):
     assert problem.startswith("PROMPTS is none.txt: it can't be used (")
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv.gz", "saved"])
+def test_prompts_that_have_changed_are_refused(
+    refused_resume, read_settings, demo_model, tmp_path, name
+):
+    """Whether they are in a file, a packed one, or a folder that datasets saved."""
+    rows = Dataset.from_list([{"prompt": "I feel so"}, {"prompt": "Life is"}])
+    if name == "p.jsonl":
+        rows.to_json(tmp_path / name)
+    elif name == "p.csv.gz":
+        (tmp_path / name).write_bytes(gzip.compress(b"prompt\nI feel so\nLife is\n"))
+    else:
+        rows.save_to_disk(tmp_path / name)
+    flags = ["--prompts", str(tmp_path / name)]
+    settings = read_settings("--model-name", str(demo_model), *FLAGS, *flags).model_dump()
+    (problem,) = refused_resume(*flags, settings=settings, files={flags[1]: "of before"})
+    told = "has changed since the checkpoint: put it back or start anew"
+    assert problem == f"{flags[1]} {told}"
+
+
 @pytest.mark.parametrize("folder", ["trained_model", "new"])
 def test_a_folder_without_a_checkpoint(call_main, capsys, tmp_path, folder):
     (tmp_path / "trained_model").mkdir()
@@ -110,4 +133,4 @@ def test_a_checkpoint_that_is_broken(refused_resume, spoiled):
     (problem,) = refused_resume(**spoiled)
     assert problem.startswith("RESUME is True: it can't be used (")
     assert problem.endswith("): start without it")
-    assert len(problem) < 300
+    assert len(problem) < 400

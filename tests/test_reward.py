@@ -10,7 +10,7 @@ from helpers import digests, read_metrics, refusals
 
 import train_rlhf
 from finetune.checkpoint import read_checkpoint
-from finetune.scorers import Scale
+from finetune.scale import Scale
 from train_rlhf import load_reward, positive_word_reward, score_responses
 
 REMEDY = "let f(prompts, completions, **kwargs) return a finite number for each completion"
@@ -130,6 +130,21 @@ def test_the_default_reward_takes_the_answer_to_a_conversation_as_a_text_of_its_
         assert scorer(rows, ["glad", "glad"]) == expected
 
 
+def test_a_function_gets_the_tools_of_a_row_and_all_that_is_not_used_else(
+    make_settings, monkeypatch
+):
+    """What a row has is handed on as it is, in the same columns for all of them."""
+    seen, tools = [], [{"name": "clock"}]
+    turns = [{"role": "user", "content": "Hi"}]
+    rows = [{"prompt": turns, "tools": tools, "id": 7}, {"prompt": "A", "tools": None, "id": 8}]
+    monkeypatch.setattr(train_rlhf, "REWARD", see(seen))
+    scorer, _ = load_reward(make_settings(), rows, CPU)
+    assert scorer.text_before is None
+    answers = [[{"role": "assistant", "content": ""}], " fine"]
+    wanted = {"prompts": [turns, "A"], "completions": answers}
+    assert seen == [wanted | {"tools": [tools, None], "id": [7, 8]}]
+
+
 @pytest.mark.parametrize("flags", [[], ["--chat-template"]], ids=["plain", "chat"])
 def test_a_function_in_the_place_of_reward_gets_the_prompts_as_they_are(
     make_settings, monkeypatch, flags
@@ -156,19 +171,22 @@ def test_a_flag_may_name_any_function_of_the_script(make_settings, monkeypatch):
 
 
 def test_what_is_no_function_is_a_classifier_that_may_bring_its_scale(make_settings, monkeypatch):
-    asked = []
+    """It says itself what stands before a response, of a row and of whether that is a turn."""
+    asked, seen = [], []
+    judge = see(seen)
+    judge.text_before = lambda row, is_turn: f"{row['prompt']} ({is_turn}) "
 
     def load(*args):
         asked.append(args)
-        return see([]), Scale(threshold=2.0, accuracy=0.8)
+        return judge, Scale(threshold=2.0, accuracy=0.8)
 
     monkeypatch.setattr(train_rlhf.scorers, "load_classifier", load)
     flags = ["--reward-label", "calm", "--eval-batch-size", "3", "--chat-template"]
     settings = make_settings("--reward", "my/judge", *flags)
-    scorer, scale = load_reward(settings, [{"prompt": "Life is"}], CPU)
+    _, scale = load_reward(settings, [{"prompt": "Life is"}], CPU)
     assert asked == [("REWARD", "my/judge", "calm", 3, CPU)]
     assert scale == Scale(threshold=2.0, accuracy=0.8)
-    assert scorer.of_texts and scorer.chat_template
+    assert seen == [{"prompts": ["Life is (True) "] * 2, "completions": ["", " fine"]}]
 
 
 # ------------------------------------------------------------ what tokens earn
@@ -264,7 +282,7 @@ def test_a_bad_reward_is_told_before_anything_is_moved_or_loaded(
     def load(*args, **kwargs):
         raise AssertionError("the model is loaded although the reward is bad")
 
-    monkeypatch.setattr(train_rlhf.models, "load_model", load)
+    monkeypatch.setattr(train_rlhf, "load_model", load)
     monkeypatch.setattr(sys, "path", sys.path[:])
     earlier = tmp_path / "trained_model" / "metrics.jsonl"
     earlier.parent.mkdir()

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import train_rlhf
 from finetune.processes import random_numbers
-from finetune.scorers import Scale
+from finetune.scale import Scale
 from finetune.tokens import encode
 
 PROMPTS = ["Life is", "I'm feeling so", "My day was", "Today I am"]
@@ -60,6 +60,32 @@ def test_a_rollout_is_what_the_policy_says_and_how_that_scores(
         before = 0.0 if flag == "--score-prefixes" else 10.0  # of the empty text, or the mean
         assert earned.sum().item() == pytest.approx((score - before) / 4)
         assert (earned[:-1] == 0).all() == (flag == "--no-score-prefixes")
+
+
+def test_a_conversation_with_tools_is_asked_and_scored_with_them(
+    build, make_settings, make_learner
+):
+    """The template has a start token, and the tokenizer adds no second one."""
+    built = build(make_settings("--no-score-prefixes"))
+    built.tokenizer.chat_template = (
+        "{{ bos_token }}{% if tools %}{{ tools[0]['name'] + '! ' }}{% endif %}"
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    )
+    turns, seen = [{"role": "user", "content": "Hi"}], []
+    rows = [{"prompt": turns, "tools": [{"name": "Time"}]}, {"prompt": turns, "tools": None}]
+    rows += [{"prompt": "<s>Hi", "tools": None}]
+
+    def lengths(rows, texts):
+        seen.append(rows)
+        return [float(len(text)) for text in texts]
+
+    numbers = random_numbers((0, 1, 0), len(rows), built.settings.max_new_tokens)
+    rollout = train_rlhf.sample_and_score(rows, numbers, make_learner(built, lengths))
+    wanted = [built.tokenizer(text)["input_ids"] for text in ("Time! Hi", "Hi", "Hi")]
+    assert [query.tolist() for query in rollout.queries] == wanted
+    assert all(query.count(built.tokenizer.bos_token_id) == 1 for query in wanted)
+    assert seen == [rows]
+    assert rollout.scores == [len(text) for text in rollout.texts]
 
 
 @pytest.mark.parametrize("temperature", ["1.0", "0.7", "2.0"])

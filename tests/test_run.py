@@ -21,7 +21,7 @@ from helpers import digests, read_metrics, refusals
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import train_rlhf
-from finetune.scorers import Scale, success_rate
+from finetune.scale import Scale, success_rate
 
 FULL = bool(os.environ.get("CI_FULL"))
 FAST = ["--device", "cpu", "--ppo-epochs", "1", "--target-approx-kl", "0"]
@@ -501,8 +501,8 @@ def test_own_prompts_are_shuffled_and_a_tenth_is_held_out(own_files):
 def test_prompts_that_are_held_out_or_left_out_are_told(own_files):
     (line,) = re.findall("^Prompts .*", own_files.calm_run.stdout, re.M)
     held_out = "[23] held out: EVAL_SHARE 0.1, in place of EVAL_PROMPTS"
-    left_out = "2 left out: empty, given twice or too long"
-    assert re.fullmatch(rf"Prompts   1\d to train on, {held_out}, {left_out}", line)
+    left_out = "left out: 1 given twice, 1 too long"
+    assert re.fullmatch(rf"Prompts   1\d to train on, {held_out}; {left_out}", line)
 
 
 def test_a_graded_reward_with_an_answer_from_its_row(own_files):

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 
 import numpy
@@ -20,8 +21,10 @@ from transformers import (
     LlamaConfig,
 )
 
+from finetune.classifiers import last_message
 from finetune.errors import RunError, SettingsError, Stopped, shorten
-from finetune.scorers import Scale, Scorer, call_scorer, load_scorer, scale_of, success_rate
+from finetune.scale import Scale, scale_of, success_rate
+from finetune.scorers import Scorer, call_scorer, load_scorer
 
 FORM = "let f(prompts, completions, **kwargs) return a finite number for each completion"
 MATCH = re.escape(FORM)
@@ -105,7 +108,7 @@ def test_scores_are_floats_whatever_numbers_the_function_gives(numbers):
 def test_what_wants_texts_gets_what_was_said_last_on_a_line_of_its_own(chat_template, texts):
     """A classifier does; the rows stay as they are, and other fields are not for it."""
     seen, rows = [], [{"prompt": HI * 2, "answer": 3}, {"prompt": "Life is", "answer": 4}]
-    scorer = Scorer("REWARD", see(seen), of_texts=True, chat_template=chat_template)
+    scorer = Scorer("REWARD", see(seen), chat_template, text_before=last_message)
     assert scorer(rows, ["a", "b"]) == [1.0, 2.0]
     assert seen == [{"prompts": texts, "completions": ["a", "b"]}]
     assert rows[0]["prompt"] == HI * 2
@@ -224,7 +227,7 @@ def test_a_function_is_tried_on_a_response_that_is_empty_as_each_begins():
     def kindness(completions, **kwargs):
         return [len(text) / text.count(" ") for text in completions]
 
-    scorer = Scorer("REWARD", kindness, of_texts=False, chat_template=False)
+    scorer = Scorer("REWARD", kindness, chat_template=False)
     with pytest.raises(SettingsError) as error:
         scorer.try_out([{"prompt": "I"}])
     (problem,) = error.value.args
@@ -419,6 +422,21 @@ def test_a_prompt_that_is_said_stands_on_a_line_of_its_own(classifier):
     assert scorer(rows, ["Good"] * 2) == pytest.approx(wanted[:1] * 2, abs=1e-4)
 
 
+def test_a_prompt_with_tools_is_one_for_a_classifier_from_elsewhere(classifier):
+    """It does not know them: it gets the last message, as of any other conversation."""
+    scorer, _ = load(classifier)
+    rows = [{"prompt": HI, "tools": [{"name": "clock"}]}, {"prompt": HI, "tools": None}]
+    wanted = odds_of(logits_of(classifier, "Hi\nGood"), 1)
+    assert scorer(rows, ["Good"] * 2) == pytest.approx([wanted] * 2, abs=1e-4)
+
+
+def test_a_text_with_a_start_token_of_its_own_gets_no_second_one(classifier):
+    scorer, _ = load(classifier)
+    rows = [{"prompt": "<s>Life is"}, {"prompt": "Life is"}]
+    wanted = odds_of(logits_of(classifier, "Life is good"), 1)
+    assert scorer(rows, [" good"] * 2) == pytest.approx([wanted] * 2, abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_of_a_text_that_is_too_long_the_end_counts(save_classifier, kind):
     folder = save_classifier(kind, context=16)
@@ -457,6 +475,30 @@ def test_a_label_that_the_classifier_lacks(save_classifier):
 def test_a_language_model_is_no_classifier(demo_model):
     start = f"REWARD is {shorten(demo_model)}: it can't be used"
     assert refusal(str(demo_model)) == f"{start} (it is a LlamaForCausalLM): {REMEDY}"
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(classifier, tmp_path):
+    """Both numbers are told, and that it is the classifier's fault."""
+    folder = shutil.copytree(classifier, tmp_path / "copy")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = len(tokenizer)
+    tokenizer.add_tokens([f"<extra {number}>" for number in range(4)])
+    tokenizer.add_special_tokens({"pad_token": "<another pad>"})
+    tokenizer.save_pretrained(folder)
+    problem = refusal(str(folder))
+    assert problem.startswith(f"REWARD is {shorten(folder)}: it can't be used (its tokenizer has")
+    assert f"'<another pad>' with the id {rows + 4}, but its embedding has {rows} rows" in problem
+
+
+def test_a_text_with_a_token_that_the_embedding_lacks(classifier, tmp_path):
+    """Padding and end token have rows, but what an added token means has none."""
+    folder = shutil.copytree(classifier, tmp_path / "copy")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["onderfu"])
+    tokenizer.save_pretrained(folder)
+    scorer, _ = load(str(folder))
+    with pytest.raises((SettingsError, RunError), match="its embedding has"):
+        scorer([{"prompt": "Life is"}], [" wonderful"])
 
 
 def test_a_classifier_without_its_head(classifier, tmp_path):

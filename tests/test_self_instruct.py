@@ -20,7 +20,7 @@ from finetune.self_instruct import (
     parse_list,
 )
 
-TASKS = read_seed_tasks("auto")
+TASKS = read_seed_tasks("auto").tasks
 
 
 def writer_of(context=400):
@@ -178,39 +178,71 @@ def test_a_quarter_of_the_examples_are_the_models_own():
 GOOD = {"instruction": "Add the numbers.", "input": "1 2", "output": "3"}
 
 
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ([1], "row 2 is [1], not in braces"),
-        ({"output": "3"}, "row 2: its instruction is empty, not a text"),
-        ({"instruction": "Add."}, "row 2: its output is empty, not a text"),
-        (GOOD | {"output": 3}, "row 2: its output is 3, not a text"),
-        (GOOD | {"output": " "}, "row 2: its output is empty, not a text"),
-        (GOOD | {"input": [1]}, "row 2: its input is [1], not a text"),
+        ([1], "row 2: it is [1]: no text, and nothing with fields"),
+        ({"title": "3"}, "row 2: it has nothing that asks: its fields are title"),
+        ({"instruction": "Add."}, "row 2: it has nothing that answers its instruction: its fields"),
+        pytest.param(
+            GOOD | {"output": 3},
+            "row 2: its output is 3, no text",
+        ),
+        (GOOD | {"input": [1]}, "row 2: its input is [1], no text"),
         (
             GOOD | {"is_classification": "no"},
-            "row 2: its is_classification is no, not true or false",
+            "row 2: its is_classification is no: give 0 or 1, false or true",
         ),
-        (GOOD | {"output": "\ud800"}, "surrogates not allowed"),
+        (GOOD | {"output": "\ud800"}, "row 2: its output is '\\ud800', no text"),
+        ({"instruction": "Add.", "instances": "x"}, "row 2: its instances is x, no list"),
+        pytest.param(
+            {"instruction": "Add.", "instances": [3]},
+            "row 2: its instances",
+        ),
     ],
 )
 def test_a_bad_seed_task_is_named(tmp_path, row, problem):
-    path = tmp_path / "tasks.jsonl"
-    path.write_text(f"{json.dumps(GOOD)}\n{json.dumps(row)}\n")
+    path = write_lines(tmp_path / "tasks.jsonl", [GOOD, row])
     with pytest.raises(SettingsError) as told:
-        read_seed_tasks(str(path))
+        read_seed_tasks(path)
     assert str(told.value).startswith("SEED_TASKS is ") and problem in str(told.value)
-    remedy = "give a .jsonl or .json file, its rows with instruction, input and output"
+    remedy = "give rows with instruction, input and output, or with instances of these"
     assert str(told.value).endswith(f": {remedy}")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (GOOD | {"output": " "}, "1 without an instruction or an answer"),
+        (GOOD | {"output": None}, "1 without an answer"),
+        (GOOD | {"instruction": " ", "input": ""}, "1 without an instruction or an answer"),
+        ({"text": "Add."}, "1 that are no instruction with an answer"),
+        (GOOD | {"history": [["a", "b"]]}, "1 that are no instruction with an answer"),
+        (GOOD | {"system": "Be kind."}, "1 that are no instruction with an answer"),
+    ],
+)
+def test_a_row_that_is_no_task_is_left_out_and_counted(tmp_path, row, reason):
+    path = write_lines(tmp_path / "tasks.jsonl", [GOOD, row])
+    tasks, tally = read_seed_tasks(path)
+    assert tasks == [GOOD | {"is_classification": False}]
+    assert tally.reasons() == reason
+    alone = write_lines(tmp_path / "alone.jsonl", [row])
+    with pytest.raises(SettingsError, match=rf"it has no tasks: {reason}"):
+        read_seed_tasks(alone)
 
 
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
         ("none.jsonl", "No such file"),
-        ("tasks.yaml", "it is a file of another kind"),
+        ("tasks.yaml", "its ending tells not what is in it"),
         ("tasks.jsonl", "it has no tasks"),
-        ("tasks.txt", "row 1 is Add the numbers., not in braces"),
+        ("tasks.txt", "it has no tasks: 1 that are no instruction with an answer"),
     ],
 )
 def test_a_file_that_has_no_seed_tasks(tmp_path, name, problem):
@@ -222,10 +254,35 @@ def test_a_file_that_has_no_seed_tasks(tmp_path, name, problem):
 
 
 def test_input_and_class_of_a_seed_task_may_lack(tmp_path):
-    path = tmp_path / "tasks.jsonl"
-    path.write_text(json.dumps({"instruction": "Say it.", "output": "It.", "input": None}))
+    row = {"instruction": " Say it.\n", "output": "It. ", "input": None}
     task = {"instruction": "Say it.", "input": "", "output": "It.", "is_classification": False}
-    assert read_seed_tasks(str(path)) == [task]
+    assert read_seed_tasks(write_lines(tmp_path / "t.jsonl", [row])).tasks == [task]
+
+
+@pytest.mark.parametrize("mark", [True, 1, "True", "1"])
+def test_the_class_of_a_seed_task_may_be_a_text(tmp_path, mark):
+    rows = [GOOD | {"is_classification": mark}, GOOD | {"is_classification": False}]
+    tasks = read_seed_tasks(write_lines(tmp_path / "tasks.jsonl", rows)).tasks
+    assert [task["is_classification"] for task in tasks] == [True, False]
+
+
+def test_seed_tasks_with_instances_show_the_first_of_them(tmp_path):
+    instances = [{"input": "1 2", "output": "3"}, {"input": "4 5", "output": "9"}]
+    given = {"id": "seed_task_0", "name": "add", "instruction": "Add the numbers."}
+    rows = [
+        given | {"instances": shown, "is_classification": False}
+        for shown in (
+            instances,
+            instances[:1],
+            [{"input": "", "output": "none"}],
+            json.dumps(instances),
+        )
+    ]
+    tasks, tally = read_seed_tasks(write_lines(tmp_path / "tasks.jsonl", rows))
+    task = GOOD | {"is_classification": False}
+    assert tasks == [task, task, task | {"input": "", "output": "none"}, task]
+    assert tally.changed == {"instances after the first": 2}
+    assert tally.unused == {"id": 4, "name": 4}
 
 
 def test_the_seed_tasks_are_twelve_of_which_four_are_classification():

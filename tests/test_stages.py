@@ -19,14 +19,14 @@ import pytest
 import torch
 from helpers import digests, read_metrics, refusals
 from safetensors.torch import load_file
-from test_comparisons import write_lines
+from test_examples import write
 from test_output import largest_file
 
 import train_reward_model
 import train_rlhf
 import train_sft
 from finetune.checkpoint import read_checkpoint
-from finetune.scorers import load_classifier
+from finetune.classifiers import load_classifier
 from finetune.supervised import Recorder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs the signals of Linux")
@@ -84,8 +84,8 @@ def read_end(output):
 def stage(request, demo_model, tmp_path_factory):
     """Return one of the two scripts, its data, and the flags of every run of it."""
     name = request.param
-    data = tmp_path_factory.mktemp(name) / "rows.jsonl"
-    write_lines(data, examples_of(name))
+    data = tmp_path_factory.mktemp(name) / "rows.json"
+    write(data, examples_of(name))
     flags = ["--model-name", str(demo_model), "--data", str(data), *FLAGS, *FLAGS_OF[name]]
     return SimpleNamespace(name=name, module=STAGES[name], data=data, flags=flags)
 
@@ -154,7 +154,7 @@ def assert_same_end(output, undisturbed):
 LINES_OF_A_RUN = [
     r"Model     \S+, [\d,]+ parameters, [\d,]+ of them trained",
     r"Device    CPU with 1 thread, ",
-    r"Data      \S+: 24 rows ",
+    r"Data      \S+: 24 (examples|rows) ",
     r"Training  6 steps of 4, seed 0$",
     r"Output    \S+/$",
     *(rf"step {n}/6, [\d:]+ left, loss \d+\.\d+, held out \d+\.\d+$" for n in (2, 4, 6)),

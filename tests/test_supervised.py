@@ -2,21 +2,21 @@
 
 import math
 import statistics
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_examples import right_padded, row_of
-from tokenizers.processors import TemplateProcessing
+from test_examples import AS_IT_IS, right_padded, row_of
+from test_labels import NO_END, append_an_end, talk
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, OPTConfig
 
 import train_sft
 from finetune.batches import make_collator
 from finetune.checkpoint import read_checkpoint
 from finetune.errors import RunError, SettingsError
-from finetune.examples import tokenize
+from finetune.fields import Tally
 from finetune.held_out import answers, query_of, ratio
+from finetune.labels import tokenize
 from finetune.output import claim_output
 from finetune.settings import read_settings
 from finetune.supervised import Stage, fit, order_of
@@ -39,7 +39,7 @@ def examples_of(tokenizer):
     """Return examples of many lengths, with texts without a prompt among them."""
     texts = ["happy.", "I am so glad, and you are so calm.", "good day to you", "no", "봄은"]
     rows = [row_of("Say it now\n" * (n % 2), text) for n, text in enumerate(texts)]
-    return tokenize(tokenizer, rows, 64, Counter())[0]
+    return tokenize(tokenizer, rows, AS_IT_IS, 64, Tally()).examples
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_the_end_is_learned_where_it_pads_too(demo_model):
     tokenizer = right_padded(demo_model)
     tokenizer.pad_token = tokenizer.eos_token
     rows = [row_of("Q\n", "happy."), row_of("Q\n", "happy and glad and calm.")]
-    examples, _ = tokenize(tokenizer, rows, 512, Counter())
+    examples, _ = tokenize(tokenizer, rows, AS_IT_IS, 512, Tally())
     labels = make_collator(None, tokenizer, False)(examples)["labels"]
     assert (labels == tokenizer.eos_token_id).sum(1).tolist() == [1, 1]
     usual = DataCollatorForLanguageModeling(tokenizer, mlm=False)
@@ -252,7 +252,7 @@ def test_answers_end_at_the_end_token_and_stay_in_the_context(model_64, tokenize
         row_of("I am", " so."),
         row_of("", "I am so glad and") | {"shown": "I am so glad"},
     ]
-    examples, rows = tokenize(tokenizer, rows, 64, Counter())
+    examples, rows = tokenize(tokenizer, rows, AS_IT_IS, 64, Tally())
     long = examples[0]["labels"].count(-100)
     assert 55 < long < 63
     said = answers(model_64, tokenizer, rows, examples, max_new_tokens=40)
@@ -271,18 +271,28 @@ def test_answers_end_at_the_end_token_and_stay_in_the_context(model_64, tokenize
 
 
 def test_a_question_has_no_end_where_the_tokenizer_adds_one(demo_model, model_64):
-    tokenizer = right_padded(demo_model)
-    ends = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
-    processor = TemplateProcessing("<s> $A </s>", None, ends)
-    tokenizer.backend_tokenizer.post_processor = processor
+    tokenizer = append_an_end(right_padded(demo_model))
     rows = [row_of("Say\n", "happy.")]
-    examples, rows = tokenize(tokenizer, rows, 512, Counter())
+    examples, rows = tokenize(tokenizer, rows, AS_IT_IS, 512, Tally())
     told = answers(model_64, tokenizer, rows, examples, max_new_tokens=4)
     query = tokenizer("Say\n")["input_ids"][:-1]
-    assert told["Say\n"] == tokenizer.decode(greedy(model_64, query, 4))
+    assert told["Say"] == tokenizer.decode(greedy(model_64, query, 4))
 
 
 def test_of_a_text_that_was_cut_less_than_all_is_shown(tokenizer):
     row = row_of("", "I am so glad")
-    (example,), _ = tokenize(tokenizer, [row], 3, Counter())
+    (example,), (row,) = tokenize(tokenizer, [row], AS_IT_IS, 3, Tally())
     assert query_of(tokenizer, row, example) == example["input_ids"][:2]
+
+
+def test_the_second_answer_of_a_conversation_is_asked_for_with_all_before_it(demo_model):
+    tokenizer = right_padded(demo_model)
+    tokenizer.chat_template = NO_END
+    talks = [talk("Hi", "Ho", "And?", "Two")]
+    examples, rows = tokenize(tokenizer, talks, AS_IT_IS, 64, Tally())
+    queries = [query_of(tokenizer, *pair) for pair in zip(rows, examples, strict=True)]
+    assert [tokenizer.decode(query) for query in queries] == [
+        "user:\nHi\nassistant:\n",
+        "user:\nHi\nassistant:\nHo\nuser:\nAnd?\nassistant:\n",
+    ]
+    assert [row["shown"] for row in rows] == ["Hi", "And?"]

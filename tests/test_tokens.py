@@ -1,17 +1,25 @@
-"""Between texts and tokens: chat templates, the ends of responses, padding, what fits."""
+"""Between texts and tokens: chat templates, the ends of prompts and responses, padding."""
 
 import json
 import re
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_rlhf
 from finetune import evaluation, tokens
-from finetune.errors import SettingsError
-from finetune.tokens import end_tokens, load_tokenizer, texts_of
+from finetune.tokens import (
+    end_tokens,
+    load_tokenizer,
+    prompt_ids,
+    render,
+    texts_of,
+    without_second_start,
+)
 
 CHATML = (
     "{% for message in messages %}"
@@ -22,7 +30,6 @@ CHATML = (
 WITH_START = "{{ bos_token }}" + CHATML
 WITH_EOS = CHATML.replace("'<|im_end|>\n'", "eos_token")
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-CONTEXT = 256  # of demo_model, in tokens
 
 
 def user(text):
@@ -125,6 +132,77 @@ def test_there_are_never_two_start_tokens(tokenizer, template):
     assert plain.count(start) == 1 and plain[0] == start
 
 
+@pytest.fixture
+def ending(tokenizer):
+    """Return a tokenizer that puts start and end around every text, as some of decoders do."""
+    start, end = tokenizer.bos_token, tokenizer.eos_token
+    ids = [(start, tokenizer.bos_token_id), (end, tokenizer.eos_token_id)]
+    processor = TemplateProcessing(single=f"{start} $A {end}", special_tokens=ids)
+    tokenizer.backend_tokenizer.post_processor = processor
+    return tokenizer
+
+
+@pytest.mark.parametrize("chat_template", [False, True])
+def test_an_end_token_of_the_tokenizer_s_own_is_not_put_behind_a_decoder_s_prompts(
+    ending, chat_template
+):
+    """After it the answer would be over; but an encoder's query has one, as it has learned."""
+    (query,) = encode(ending, "I feel so", chat_template=chat_template)
+    assert ending.eos_token_id not in query
+    assert tokens.decode(ending, [query])[0].count("I feel so") == 1
+    if not chat_template:
+        words = ending("I feel so", add_special_tokens=False)["input_ids"]
+        assert query == [ending.bos_token_id, *words]
+        ending.padding_side = "right"
+        assert encode(ending, "I feel so", chat_template=False) == [[*query, ending.eos_token_id]]
+
+
+def test_an_end_token_in_the_text_of_a_prompt_stays(ending):
+    """Once: it may stand between what was said before and what is asked."""
+    end, start = ending.eos_token_id, ending.bos_token_id
+    one, other = (ending(text, add_special_tokens=False)["input_ids"] for text in ("Hi", "Yes"))
+    between = prompt_ids(ending, f"Hi{ending.eos_token}Yes", is_decoder=True)
+    assert between[0] == start and between.count(end) == 1 and between[-1] != end
+    assert between[1 : len(one) + 2] == [*one, end] and other
+    behind = prompt_ids(ending, f"Hi{ending.eos_token}", is_decoder=True)
+    assert behind[: len(one) + 2] == [start, *one, end]
+
+
+def test_an_end_token_at_the_end_of_a_text_does_not_get_a_second_one(ending):
+    ids = prompt_ids(ending, f"Hi{ending.eos_token}", is_decoder=True)
+    assert ids.count(ending.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("text", ["I feel so", "{}I feel so"])
+def test_a_text_with_a_start_token_of_its_own_does_not_get_a_second_one(tokenizer, text):
+    start = tokenizer.bos_token_id
+    words = tokenizer("I feel so", add_special_tokens=False)["input_ids"]
+    (query,) = encode(tokenizer, text.format(tokenizer.bos_token), chat_template=False)
+    assert query == [start, *words]
+
+
+@pytest.mark.parametrize(
+    ("ids", "wanted"),
+    [([1, 1, 5], [1, 5]), ([1, 5, 1], [1, 5, 1]), ([1, 1], [1]), ([1], [1]), ([], []), ([5], [5])],
+)
+def test_only_the_second_start_token_goes(ids, wanted):
+    assert without_second_start(SimpleNamespace(bos_token_id=1), ids) == wanted
+    assert without_second_start(SimpleNamespace(bos_token_id=None), ids) == ids
+
+
+def test_tools_of_a_row_are_put_into_the_template(tokenizer):
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool['name'] }};{% endfor %}" + CHATML
+    )
+    row = {"prompt": [user("Hi")], "tools": [{"name": "look"}]}
+    (query,) = tokens.encode(tokenizer, [row], False)
+    assert tokenizer.decode(query) == "look;" + TURN.format("Hi")
+    assert render(tokenizer, row["prompt"], row["tools"], True) == "look;" + TURN.format("Hi")
+    assert render(tokenizer, row["prompt"]) == "<|im_start|>user\nHi<|im_end|>\n"
+    (query,) = tokens.encode(tokenizer, [row | {"tools": None}], False)
+    assert tokenizer.decode(query) == TURN.format("Hi")
+
+
 # ------------------------------------------------------- the end of a response
 @pytest.mark.parametrize(
     ("own", "template", "ends"),
@@ -201,64 +279,6 @@ def test_a_decoder_begins_with_its_start_token():
         "decoder_input_ids": [[1, 7, 8], [1, 7, 8]],
     }
     assert places.tolist() == [0, 1, 2]
-
-
-# ------------------------------------------------------------------- what fits
-LONG = "very " * 100 + "good"
-
-
-@pytest.fixture
-def fitting(tokenizer, make_settings):
-    """Return the rows that leave room for a response of so many tokens."""
-
-    def find(new_tokens, *rows, flags=(), context=CONTEXT):
-        settings = make_settings("--max-new-tokens", str(new_tokens), *flags)
-        return tokens.prompts_that_fit(context, tokenizer, [*rows], settings)
-
-    return find
-
-
-@pytest.mark.parametrize("prompt", [LONG, [user(LONG)]], ids=["text", "chat"])
-def test_prompt_and_response_have_to_fit_into_the_context(tokenizer, fitting, prompt):
-    """What does not fit is left out; it is told where nothing fits."""
-    short, long = {"prompt": "My cat"}, {"prompt": prompt}
-    length = len(encode(tokenizer, prompt, chat_template=False)[0])
-    room = CONTEXT - length
-    assert fitting(room, short, long) == [short, long]
-    assert fitting(room + 1, long, short) == [short]
-    assert fitting(CONTEXT + 1) == []  # of none that were asked for none are missed
-    assert fitting(10**6, long, context=float("inf")) == [long]
-    with pytest.raises(SettingsError) as error:
-        fitting(room + 1, long, long)
-    (problem,) = error.value.args
-    told = f"MAX_NEW_TOKENS is {room + 1}, too many for every prompt, such as 'very very"
-    assert problem.startswith(told)
-    remedy = f"give less, or shorter prompts; the model's context is {CONTEXT}"
-    assert problem.endswith(f"', {length} tokens: {remedy}")
-    assert len(problem) < 300
-
-
-def test_the_template_takes_of_the_context_too(tokenizer, fitting):
-    """Of 256 tokens 4 are left for a prompt: enough for it, not for its template."""
-    row = {"prompt": "I feel so"}
-    assert len(tokenizer("I feel so")["input_ids"]) <= 4
-    assert fitting(252, row) == [row]
-    with pytest.raises(SettingsError, match="MAX_NEW_TOKENS is 252, too many for every"):
-        fitting(252, row, flags=["--chat-template"])
-
-
-@pytest.mark.parametrize(
-    ("prompt", "flags"),
-    [("Hi", ["--chat-template"]), ([user("Hi")], [])],
-)
-def test_a_model_without_a_template_is_refused(tokenizer, fitting, prompt, flags):
-    tokenizer.chat_template = None
-    with pytest.raises(SettingsError) as error:
-        fitting(8, {"prompt": prompt}, flags=flags)
-    (problem,) = error.value.args
-    assert problem.startswith(f"CHAT_TEMPLATE is {flags != []}: it can't be used (")
-    remedy = "name a model with a chat template that takes these prompts"
-    assert problem.endswith(f": {remedy}, or give texts and False")
 
 
 # ----------------------------------------------------------------- a whole run

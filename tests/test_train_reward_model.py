@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import read_metrics, refusals
 from safetensors.torch import load_file, save_file
-from test_comparisons import write_lines
+from test_comparisons import answer, system, user, write_lines
 from test_heads import (
     CPU,
     TEXTS,
@@ -28,9 +28,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 import train_reward_model
 from finetune.batches import ComparisonCollator
-from finetune.comparisons import read_comparisons, tokenize
+from finetune.classifiers import load_classifier
+from finetune.comparisons import COMPARISONS
+from finetune.data import read_data
 from finetune.errors import shorten
-from finetune.scorers import Scale, load_classifier, success_rate
+from finetune.judged import tokenize
+from finetune.scale import Scale, success_rate
+from finetune.scorers import load_scorer
 from train_reward_model import ComparisonTrainer, HeldOut, make_report, margins_of, summarize
 
 
@@ -65,6 +69,7 @@ class Numbers:
     """A tokenizer and a model in one: a text is a number, and that is its score."""
 
     device, dtype = CPU, torch.float32
+    bos_token_id = None
 
     def eval(self):
         return self
@@ -324,6 +329,7 @@ def test_the_scale_goes_to_ppo(learned, report, classifier, score):
     assert config["score_mean"] == trained["score_mean"]
     assert config["score_std"] == trained["score_std"]
     assert config["score_accuracy"] == trained["accuracy"]
+    assert config["conversation_form"] == "text"
     assert scale == Scale(threshold=0.0, accuracy=trained["accuracy"])
     assert success_rate([-0.1, 0.1, 0.0, 2.0], scale.threshold) == 0.5
     wanted = trained["first_sample"]
@@ -332,13 +338,16 @@ def test_the_scale_goes_to_ppo(learned, report, classifier, score):
 
 
 def test_scores_have_mean_0_and_deviation_1_over_the_held_out_texts(learned, report, score):
-    _, held_out, _ = read_comparisons(str(learned / "pairs.jsonl"), 0.4, 0)
-    texts = sorted({text for row in held_out for pair in row for text in pair})
+    held_out = [
+        [dialogue.turns[0]["content"] for dialogue in pair]
+        for (pair,) in read_data(str(learned / "pairs.jsonl"), 0.4, 0, COMPARISONS).eval_rows
+    ]
+    texts = sorted({text for pair in held_out for text in pair})
     scores = dict(zip(texts, score(texts)))
     values = torch.tensor([*scores.values()])
     assert values.mean().item() == pytest.approx(0, abs=1e-3)
     assert values.std(correction=0).item() == pytest.approx(1, abs=1e-3)
-    right = [scores[better] > scores[worse] for ((better, worse),) in held_out]
+    right = [scores[better] > scores[worse] for better, worse in held_out]
     assert sum(right) / 200 == pytest.approx(report["trained"]["accuracy"], abs=0.006)
 
 
@@ -360,12 +369,33 @@ def test_texts_are_scored_as_ppo_would(show, score, tmp_path):
     first, second, _ = [f"{number:+8.3f}  " for number in score(texts)]
     assert show(*texts[:2]) == (0, [first + texts[0], second + texts[1]], "")
     (tmp_path / "texts.txt").write_text("\n".join(texts[:2]))
-    rows = [{"text": texts[0]}, {"messages": [{"role": "user", "content": texts[1]}]}]
+    rows = [{"text": texts[0]}, {"prompt": "I am", "completion": "sad."}]
     write_lines(tmp_path / "rows.jsonl", rows)
     for name in ("texts.txt", "rows.jsonl"):
-        status, lines, errors = show(name)
-        assert (status, [line[10:] for line in lines], errors) == (0, texts[:2], "")
-        assert float(lines[0][:8]) > 0 > float(lines[1][:8])
+        assert show(name) == (0, [first + texts[0], second + texts[1]], "")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [user("Hi")]}, "row 2 is one whose last turn is no answer"),
+        ({"sentence": "Hi"}, "row 2: it has no text: its fields are sentence"),
+        ({"text": "Hi", "system": "Be kind"}, "row 2 is one whose text answers nothing"),
+    ],
+)
+def test_a_row_that_can_not_be_scored_is_named(show, tmp_path, row, reason):
+    rows = [{"text": "I am"}, row]
+    status, lines, errors = show(write_lines(tmp_path / "rows.jsonl", rows))
+    (problem,) = refusals(status, errors)
+    assert problem.startswith("SCORE is ")
+    assert f"it can't be used ({reason}" in problem
+    assert lines == []
+
+
+def test_fields_of_a_file_to_score_that_are_not_used_are_named(show, tmp_path):
+    rows = [{"text": "I am", "source": "web"}] * 2
+    _, lines, _ = show(write_lines(tmp_path / "rows.jsonl", rows))
+    assert any("source (2)" in line for line in lines)
 
 
 def test_what_can_not_be_scored(show, copy_of_demo_model):
@@ -393,3 +423,81 @@ def test_the_stages_are_not_taken_for_each_other(refused, learned, demo_model):
     for other in (demo_model, adapter):
         problem = refused("train_rlhf", "--model-name", demo_model, "--reward", other)
         assert problem.startswith("REWARD is ") and "it can't be used (" in problem
+
+
+# --------------------------------------- one that has learned conversations
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<' + message['role'] + '> ' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+@pytest.fixture(params=["lines", "chat_template"])
+def of_conversations(request, run_main, copy_of_demo_model, monkeypatch, tmp_path, capsys):
+    """Train a step on conversations, with a chat template or without.
+
+    Returns the form, the folder, and what was told.
+    """
+    if request.param == "chat_template":
+        tokenizer = AutoTokenizer.from_pretrained(copy_of_demo_model)
+        tokenizer.chat_template = TEMPLATE
+        tokenizer.save_pretrained(copy_of_demo_model)
+    monkeypatch.setattr(train_reward_model, "draw", lambda *parts: parts[-1].touch())
+    rows = []
+    for number in range(8):
+        before = [user(f"Say {number}"), answer(str(number)), user("And?")]
+        rows.append({"prompt": before, "chosen": f"Good {number}", "rejected": "Bad", "id": number})
+    data = write_lines(tmp_path / "pairs.jsonl", [*rows, rows[0]])
+    flags = "--eval-share 0.25 --batch-size 6 --training-epochs 1 --learning-rate 1e-2"
+    assert run_main("--model-name", copy_of_demo_model, "--data", data, *flags.split()) == 0
+    return request.param, tmp_path / "reward_model", capsys.readouterr().out
+
+
+def test_the_form_of_conversations_goes_to_ppo_and_to_score(of_conversations, show):
+    """All that was left out, or is not used, is told where the run begins."""
+    form, folder, out = of_conversations
+    assert "; left out: 1 given twice; fields not used: id (9)\n" in out
+    assert json.loads((folder / "config.json").read_text())["conversation_form"] == form
+    sample = report_of(folder)["trained"]["first_sample"]
+    beginning = "<s><user> Say " if form == "chat_template" else "Say "
+    last = "And?\n<assistant> " if form == "chat_template" else "And?\n"
+    assert all(text.startswith(beginning) for text in sample)
+    assert all(f"{last}Good" in text or f"{last}Bad" in text for text in sample)
+
+    # What it said of held-out conversations, PPO gets from it, and so does who looks.
+    scorer, _ = load_scorer("REWARD", str(folder), None, "", 40, False, CPU)
+    rows, prompts, texts = [], [], []
+    for whole in sample:
+        number = whole.removeprefix(beginning)[0]
+        turns = [user(f"Say {number}"), answer(number), user("And?")]
+        prompts.append({"prompt": turns})
+        texts.append(whole.rpartition(last)[2])
+        rows.append({"messages": [*turns, answer(texts[-1])]})
+    assert scorer(prompts, texts) == pytest.approx([*sample.values()], abs=1e-3)
+    _, lines, _ = show(write_lines(folder.parent / "said.jsonl", rows), folder=folder)
+    assert [float(line[:8]) for line in lines] == pytest.approx([*sample.values()], abs=2e-3)
+
+
+def test_rows_of_each_kind_are_scored_as_in_ppo(of_conversations, show, tmp_path):
+    _, folder, _ = of_conversations
+    before = [user("Hi"), answer("Yo"), user("And?")]
+    said = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Good"}]
+    table = [  # a row, and prompt and response in PPO
+        ({"text": "I am glad"}, "I am", " glad"),
+        ({"prompt": "I am", "completion": "glad"}, "I am", " glad"),
+        ({"instruction": "Add", "input": "1 2", "output": "3"}, "Add\n1 2", " 3"),
+        ({"question": "Why?", "answer": "So"}, "Why?", " So"),
+        ({"messages": [*before, answer("Good")]}, before, "Good"),
+        ({"prompt": before, "completion": [answer("Good")]}, before, "Good"),
+        ({"conversations": said}, [user("Hi")], "Good"),
+        ({"conversations": said, "system": "Be"}, [system("Be"), user("Hi")], "Good"),
+        ({"history": [["Hi", "Yo"]], "instruction": "And?", "output": "Good"}, before, "Good"),
+    ]
+    rows, prompts, texts = zip(*table)
+    scorer, _ = load_scorer("REWARD", str(folder), None, "", 40, False, CPU)
+    wanted = scorer([{"prompt": prompt} for prompt in prompts], [*texts])
+    assert max(wanted) - min(wanted) > 0.1
+    status, lines, errors = show(write_lines(tmp_path / "rows.jsonl", rows), folder=folder)
+    assert (status, errors) == (0, "")
+    assert [float(line[:8]) for line in lines] == pytest.approx(wanted, abs=1.1e-3)

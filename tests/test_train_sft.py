@@ -7,7 +7,6 @@ import json
 import math
 import os
 import statistics
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -15,11 +14,14 @@ import torch
 from helpers import read_metrics, refusals
 from peft import PeftModel
 from test_examples import right_padded, turns, write
+from test_labels import NO_END
 from test_supervised import examples_of, nats_alone
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import train_sft
-from finetune.examples import read_examples, tokenize
+from finetune.data import read_data
+from finetune.examples import EXAMPLES
+from finetune.labels import tokenize_data
 
 FULL = bool(os.environ.get("CI_FULL"))
 SHORT = "Task: {instruction}\n\nInput: {input}\n\nAnswer:\n"
@@ -81,8 +83,9 @@ def test_bad_rows_and_a_bad_template_are_told_and_nothing_is_made(
     status = train_sft.main([*flags, "--template", "Answer"])
     template, data = refusals(status, capsys.readouterr().err)
     assert template.startswith("TEMPLATE is Answer: put {instruction} into it once")
-    reason = "it can't be used (row 2: it has no 'completion')"
-    assert data.startswith(f"DATA is rows.json: {reason}: give rows with instruction")
+    reason = "row 2: it has nothing that answers its prompt: its fields are prompt"
+    wanted = f"DATA is rows.json: it can't be used ({reason}): give rows with instruction"
+    assert data.startswith(wanted)
 
     # Of the tokens nothing is known before the tokenizer is loaded.
     write(tmp_path / "rows.json", ROWS)
@@ -90,6 +93,68 @@ def test_bad_rows_and_a_bad_template_are_told_and_nothing_is_made(
     (problem,) = refusals(status, capsys.readouterr().err)
     assert problem.startswith("MAX_LENGTH is 2 here: give more or shorter examples")
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def called(capsys, *flags):
+    """Return the one problem for which a call of main started nothing."""
+    status = train_sft.main([*map(str, [*FLAGS, *flags])])
+    (problem,) = refusals(status, capsys.readouterr().err)
+    return problem
+
+
+CONVERSATIONS = [{"messages": turns("Hi", f"Ho {n}")} for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("template", "rows", "reason"),
+    [
+        (None, CONVERSATIONS, "it has conversations, and the model has no chat template"),
+        (
+            "{{ raise_exception('No talk') }}",
+            CONVERSATIONS,
+            "none of its rows can be used: 3 that the chat template refuses (No talk)",
+        ),
+        (
+            " ",
+            CONVERSATIONS,
+            "none of its rows can be used: 3 of which the chat template renders nothing",
+        ),
+        (
+            "{{ messages[-1].content }}",
+            CONVERSATIONS,
+            "none of its rows can be used: 3 with a turn of user, which the chat template leaves",
+        ),
+    ],
+)
+def test_what_a_chat_template_lacks_is_told_of_data_and_never_of_the_model(
+    copy_of_demo_model, tmp_path, monkeypatch, capsys, template, rows, reason
+):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(copy_of_demo_model)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(copy_of_demo_model)
+    data = write(tmp_path / "rows.json", rows)
+    flags = ["--model-name", copy_of_demo_model, "--data", data, "--eval-share", 0.2]
+    problem = called(capsys, *flags)
+    assert problem.startswith("DATA is ")
+    assert f": it can't be used ({reason}" in problem
+    assert "name a model with a chat template that takes them, or give" in problem
+    assert not (tmp_path / "sft_model").exists()
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_told_before_anything_is_written(
+    copy_of_demo_model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(copy_of_demo_model)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["hello"])
+    tokenizer.save_pretrained(copy_of_demo_model)
+    data = write(tmp_path / "rows.json", ROWS)
+    problem = called(capsys, "--model-name", copy_of_demo_model, "--data", data)
+    told = f"its tokenizer has the token 'hello' with the id {size}, but its embedding has {size}"
+    assert problem.startswith("MODEL_NAME is ") and told in problem
+    assert not (tmp_path / "sft_model").exists()
 
 
 # ------------------------------------------------------ what is measured
@@ -158,10 +223,24 @@ def test_the_report_tells_what_was_learned(taught):
         assert figures["examples"] == 5
         assert {"nats", "counts"}.isdisjoint(figures)
     assert base["tokens"] == trained["tokens"]
-    assert "19 rows to train on, 5 held out\n" in taught.printed
+    assert "19 examples to train on, 5 held out\n" in taught.printed
     # These are ceil(3 * 19 / 8) steps.
     assert taught.report["samples"] == len(taught.metrics) * 8 == 64
     assert "did not learn" not in taught.printed
+
+
+def test_the_screen_tells_what_is_left_out_and_not_used(teach, gpt2):
+    marked = turns("Hi", "Ho")
+    rows = [row | {"id": n, "source": "x"} for n, row in enumerate(ROWS[:10])]
+    rows += [*ROWS[:2], {"instruction": "Hi", "output": " "}, {"prompt": "a", "completion": "b"}]
+    rows += [{"messages": marked, "label": 0}, {"prompt": "Hi", "completion": "so " * 90}]
+    flags = ["--training-epochs", 0.1, "--eval-share", 0.2, "--max-length", 64]
+    run = teach(gpt2, rows, *SMALL[:4], *flags)
+    (line,) = [line for line in run.printed.splitlines() if line.startswith("Data ")]
+    assert line.partition(".json: ")[2] == (
+        "9 examples to train on, 3 held out, 1 cut; left out: 2 given twice, 1 without an answer, "
+        "1 whose label says that the answer is a bad one; fields not used: id (10), source (10)"
+    )
 
 
 SMALL = ["--batch-size", 8, "--max-new-tokens", 2, "--max-length", 64]
@@ -210,9 +289,9 @@ def test_dropout_is_on_in_training_alone(teach, steady, whole_batch):
     assert first["grad_norm"] != pytest.approx(wanted["grad_norm"], 0.01)
 
     settings = run.report["settings"]
-    sources = (settings[name] for name in ("data", "template", "eval_share", "seed"))
-    _, eval_rows, _ = read_examples(*sources)
-    examples, _ = tokenize(right_padded(run.folder), eval_rows, 64, Counter())
+    data = read_data(settings["data"], settings["eval_share"], settings["seed"], EXAMPLES)
+    tokenizer = right_padded(run.folder)
+    _, (examples, _) = tokenize_data(tokenizer, data, settings["template"], 64)
     model = AutoModelForCausalLM.from_pretrained(run.folder).eval()
     sums, counts = nats_alone(model, examples)
     wanted = sum(sums) / sum(counts)
@@ -236,6 +315,40 @@ def test_conversations_are_learned_up_to_the_end_of_the_template(teach, gpt2, tm
     assert run.report["chat"] is True
     ends = GenerationConfig.from_pretrained(run.folder).eos_token_id
     assert ends == [model.config.eos_token_id, len(tokenizer) - 1]
+
+
+ENDED = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [ENDED, NO_END], ids=["one text", "one for each answer"])
+def test_conversations_of_several_answers_are_trained_on_and_gone_on_with(
+    gpt2, tmp_path, monkeypatch, capsys, template
+):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(gpt2, chat_template=template)
+    AutoModelForCausalLM.from_pretrained(gpt2).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    rows = [{"messages": turns("Hi", f"{n}", "So", "Two")} for n in range(6)]
+    data = write(tmp_path / "rows.json", rows)
+    flags = ["--model-name", "model", "--data", data, "--eval-share", 0.2, "--batch-size", 2]
+    flags += ["--max-new-tokens", 2, "--training-epochs", 1]
+    monkeypatch.setattr(train_sft, "draw", lambda report, metrics, path: None)
+    assert train_sft.main([*map(str, [*FLAGS, *flags])]) == 0
+    count = 1 if template is ENDED else 2
+    line = f"{4 * count} examples to train on, {2 * count} held out\n"
+    assert line in capsys.readouterr().out
+    metrics = read_metrics(tmp_path / "sft_model")
+    assert [record["step"] for record in metrics] == [*range(1, 2 * count + 1)]
+    report = json.loads((tmp_path / "sft_model" / "report.json").read_text(encoding="utf-8"))
+    asked = ["Hi"] if template is ENDED else ["Hi", "So"]
+    assert list(report["trained"]["first_sample"]) == asked
+
+    assert train_sft.main([*map(str, [*FLAGS, *flags, "--resume"])]) == 0
+    assert read_metrics(tmp_path / "sft_model") == metrics
+    flags[-1] = 2
+    assert train_sft.main([*map(str, [*FLAGS, *flags, "--resume"])]) == 2
+    told = "TRAINING_EPOCHS is 2.0, but 1.0 in the checkpoint"
+    assert told in capsys.readouterr().err
 
 
 # ------------------------------------------- a model nobody here trained

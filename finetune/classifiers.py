@@ -1,0 +1,125 @@
+"""A sequence classifier as what scores texts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from finetune.errors import RunError, SettingsError, blame, shorten
+from finetune.files import Row
+from finetune.hub import find_model
+from finetune.judged import judged_ids, prompt_before
+from finetune.loading import check_ids
+from finetune.models import load_weights
+from finetune.prompts import last_said
+from finetune.scale import Scale
+from finetune.tokens import pad
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A sequence classifier as a function from prompts and completions to scores."""
+
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    label: str  # whose log-odds are the score where there are several, in any case
+    batch_size: int  # texts at once
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        """Return the score of each prompt with its completion."""
+        pairs = zip(prompts, completions)
+        texts = [prompt + completion for prompt, completion in pairs]
+        scores: list[float] = []
+        for start in range(0, len(texts), self.batch_size):
+            logits = self.logits_of(texts[start : start + self.batch_size])
+            scores += self.scores_of(logits).tolist()
+        return scores
+
+    def text_before(self, row: Row, is_turn: bool) -> str:
+        """Return what stands before the response to a row's prompt, as the model learned it."""
+        form = getattr(self.model.config, "conversation_form", None)
+        # A classifier from elsewhere gets the last message.
+        if form is None:
+            return last_message(row, is_turn)
+        return prompt_before(self.tokenizer, row, is_turn, form)
+
+    def logits_of(self, texts: list[str]) -> torch.Tensor:
+        """Return the logits, (batch, labels); of a text that is too long the end counts."""
+        context = getattr(self.model.config, "max_position_embeddings", None) or 10**6
+        length = min(self.tokenizer.model_max_length, context)
+        sequences = [judged_ids(self.tokenizer, text, length) for text in texts]
+        try:
+            check_ids(self.model, self.tokenizer, sequences)
+        except ValueError as error:
+            remedy = "name another classifier"
+            raise RunError(f"{self.model.name_or_path}: {error}: {remedy}") from error
+        inputs = pad(self.tokenizer, sequences)
+        with torch.no_grad():
+            return self.model(**inputs.to(self.model.device)).logits
+
+    def scores_of(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the scores, (batch,): the only logit, or the log-odds of the label."""
+        config, wanted = self.model.config, self.label.lower()
+        labels = labels_of(config)
+        scores = logits[:, 0]
+        if len(labels) > 1:
+            others = [index for index, label in enumerate(labels) if label != wanted]
+            scores = logits[:, labels.index(wanted)] - logits[:, others].logsumexp(1)
+
+        # Training on comparisons leaves its scores' mean and deviation in the config.
+        if getattr(config, "score_mean", None) is None:
+            return scores
+        return (scores - config.score_mean) / config.score_std
+
+
+def last_message(row: Row, is_turn: bool) -> str:
+    """Return a prompt, or the last message of a conversation, as a scorer of texts gets it."""
+    # The answer to what was said in a chat begins on a line of its own.
+    return last_said(row["prompt"]) + ("\n" if is_turn else "")
+
+
+def labels_of(config: Any) -> list[str]:
+    """Return a classifier's labels, in lower case, in the order of its logits."""
+    return [text.lower() for _, text in sorted(config.id2label.items())]
+
+
+def load_classifier(
+    setting: str,
+    name: str,
+    label: str,
+    batch_size: int,
+    device: torch.device,
+) -> tuple[Classifier, Scale | None]:
+    """Return a sequence classifier, and its scale where its config has one, else None.
+
+    label: whose log-odds are the score, where there are several. Raises SettingsError
+    for the setting, or for REWARD_LABEL where there is no such label.
+    """
+    usual = "positive_word_reward or FILE.py:FUNCTION"
+    with blame(setting, name, f"name a sequence classifier, or give {usual}"):
+        path = find_model(setting, name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        auto_class = transformers.AutoModelForSequenceClassification
+        place = {"": str(device)}
+        model = load_weights(auto_class, path, dtype="float32", device_map=place).eval()
+
+    # A text ends with the response: it is padded on the right and cut on the left.
+    pad_token = tokenizer.pad_token or tokenizer.unk_token
+    tokenizer.pad_token = pad_token or tokenizer.eos_token
+    tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
+    model.config.pad_token_id = tokenizer.pad_token_id
+    with blame(setting, name, "name another classifier"):
+        check_ids(model, tokenizer, [])
+
+    labels = labels_of(model.config)
+    if len(labels) > 1 and label.lower() not in labels:
+        remedy = f"give a label of {shorten(name)}: {shorten(' or '.join(labels))}"
+        raise SettingsError(f"REWARD_LABEL is {shorten(label)}: {remedy}")
+
+    # A text that scores 0 is as likely chosen as rejected.
+    scale = None
+    if getattr(model.config, "score_mean", None) is not None:
+        accuracy = getattr(model.config, "score_accuracy", None)
+        scale = Scale(threshold=0.0, accuracy=accuracy)
+    return Classifier(model, tokenizer, label, batch_size), scale
