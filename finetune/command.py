@@ -153,7 +153,9 @@ def refuse(error: SettingsError) -> int:
 def stopped(error: Stopped) -> int:
     """Print that a signal ended the run, and what is saved; return the exit status."""
     let_main_process_tell()
-    print(f"\nStopped: by a signal; {saved(error)}", file=sys.stderr)
+    # Where all of them are stopped, it is told once.
+    if is_main_process():
+        print(f"\nStopped: by a signal; {saved(error)}", file=sys.stderr)
     return 128 + error.args[0]
 
 
