@@ -89,11 +89,11 @@ from finetune.checkpoint import check_resume
 from finetune.heads import load_with_head, save_with_head, show_scores
 from finetune.held_out import calibration, compare_figures, draw, end_line, guessing, ratio
 from finetune.judged import row_count, sequences_of, tokenize_comparisons
-from finetune.loading import check_ids
 from finetune.output import claim_output, describe_run, whole_results, write_report
 from finetune.processes import is_main_process, join_processes, pick_device
 from finetune.progress import Metrics, count_steps, progress
 from finetune.supervised import Stage, announce, fit
+from finetune.tokens import check_ids
 
 
 # ------------------------------------------------------------------------------ the run

@@ -24,8 +24,8 @@ advantages, losses, step. What is not PPO is in the folder finetune/ beside this
 # requires-python = "==3.11.*"
 # dependencies = [  # those of requirements.txt, which says what each is for
 #     "trl==0.11.4", "torch==2.13.0", "transformers==5.23.0", "peft==0.21.2",
-#     "accelerate==1.15.0", "numpy==2.4.6", "datasets==5.2.0", "bitsandbytes==0.50.2",
-#     "safetensors==0.8.0", "huggingface_hub==2.4.0", "pydantic==2.14.4",
+#     "accelerate==1.15.0", "numpy==2.4.6", "datasets==5.2.0", "pyarrow==26.0.1",
+#     "bitsandbytes==0.50.2", "safetensors==0.8.0", "huggingface_hub==2.4.0", "pydantic==2.14.4",
 #     "filelock==4.2.11", "matplotlib==3.11.2", "rouge_score==0.1.2", "tqdm==4.70.1",
 # ]
 # ///

@@ -26,6 +26,7 @@ from finetune.examples import (
     chat_template_of,
     check_examples,
     check_template,
+    forms_in_words,
 )
 from finetune.files import Row, hash_files
 from finetune.settings import StageSettings, Switch, Text, Whole, limits
@@ -103,13 +104,12 @@ from finetune.checkpoint import check_resume
 from finetune.held_out import answers, compare_answers, compare_figures, draw, ratio
 from finetune.hub import context_of, find_model
 from finetune.labels import Learned, tokenize_data
-from finetune.loading import check_ids
 from finetune.models import add_adapter, load_base_model, save_model
 from finetune.output import claim_output, describe_run, whole_results, write_report
 from finetune.processes import is_main_process, join_processes, pick_device
 from finetune.progress import Metrics, count_steps, progress
 from finetune.supervised import Stage, announce, fit
-from finetune.tokens import end_tokens, load_tokenizer
+from finetune.tokens import check_ids, end_tokens, load_tokenizer
 
 
 # ------------------------------------------------------------------------------ the run
@@ -132,7 +132,7 @@ def run(settings: Settings) -> None:
 
     with claim_output(settings.output_dir, settings.resume):
         counts = f"{len(learned.examples)} examples to train on"
-        counts += f", {len(eval_learned.examples)} held out"
+        counts += f", {len(eval_learned.examples)} held out{forms_in_words(learned.rows)}"
         announce(stage, dtype, counts, data.tally)
         metrics, base = fit(stage)
         trained = held_out.measure()

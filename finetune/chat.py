@@ -5,7 +5,6 @@ import transformers
 from finetune.errors import shorten
 from finetune.fields import LeftOut
 from finetune.files import Row
-from finetune.tokens import render
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 
@@ -26,29 +25,43 @@ def checked_rendering(
         role = turn["role"]
         # What a user or an assistant says is seldom in what another one says.
         is_there = role in ("user", "assistant") and turn["content"].strip() in text
-        if (
-            turn["content"].strip()
-            and not is_there
-            and is_ignored(tokenizer, turns, place, "content")
-        ):
-            raise LeftOut(f"with a turn of {role}, which the chat template leaves away")
-        # Of earlier answers a template may well leave the reasoning away.
-        is_last = place == len(turns) - 1
-        for name in ("tool_calls", "reasoning_content") if is_last else ("tool_calls",):
-            if turn.get(name) and is_ignored(tokenizer, turns, place, name):
-                raise LeftOut(f"with {name}, which the chat template does not know")
+        if turn["content"].strip() and not is_there:
+            other = {"content": "Something else."}
+            changed = [*turns[:place], turn | other, *turns[place + 1 :]]
+            if is_same(tokenizer, text, changed, tools, add_generation_prompt):
+                raise LeftOut(f"with a turn of {role}, which the chat template leaves away")
+        if turn.get("tool_calls"):
+            check_known(tokenizer, turns[: place + 1], tools, "tool_calls")
     return text
 
 
-def is_ignored(tokenizer: Tokenizer, turns: list[Row], place: int, name: str) -> bool:
-    """Return whether a conversation is the same text without a field of one of its turns."""
-    turn = {key: value for key, value in turns[place].items() if key != name}
-    turn.setdefault("content", "")
-    changed = [*turns[:place], turn, *turns[place + 1 :]]
+def check_known(
+    tokenizer: Tokenizer,
+    turns: list[Row],
+    tools: list[Row] | None,
+    name: str,
+) -> None:
+    """Raise LeftOut where the last turn has a field of that name that the template leaves away."""
+    *before, last = turns
+    if last.get(name):
+        others = {key: value for key, value in last.items() if key != name}
+        text = rendering(tokenizer, turns, tools)
+        if is_same(tokenizer, text, [*before, others], tools, False):
+            raise LeftOut(f"with {name}, which the chat template does not know")
+
+
+def is_same(
+    tokenizer: Tokenizer,
+    text: str,
+    turns: list[Row],
+    tools: list[Row] | None,
+    add_generation_prompt: bool,
+) -> bool:
+    """Return whether turns, which are changed ones, are rendered as the same text."""
     try:
-        return render(tokenizer, changed) == render(tokenizer, turns)
-    except Exception:
-        # The template missed it.
+        return rendering(tokenizer, turns, tools, add_generation_prompt) == text
+    except LeftOut:
+        # The template missed what was changed.
         return False
 
 
@@ -60,8 +73,14 @@ def rendering(
 ) -> str:
     """Return turns in the tokenizer's template; raise LeftOut with its reason where it refuses."""
     try:
-        return render(tokenizer, turns, tools, add_generation_prompt)
+        text = tokenizer.apply_chat_template(
+            turns,
+            tools=tools,  # type: ignore[arg-type]
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
     # A template is a program of somebody else's.
     except Exception as error:
         reason = f"that the chat template refuses ({shorten(error)})"
         raise LeftOut(reason) from error
+    return str(text)

@@ -10,11 +10,10 @@ from finetune.errors import RunError, SettingsError, blame, shorten
 from finetune.files import Row
 from finetune.hub import find_model
 from finetune.judged import judged_ids, prompt_before
-from finetune.loading import check_ids
 from finetune.models import load_weights
 from finetune.prompts import last_said
 from finetune.scale import Scale
-from finetune.tokens import pad
+from finetune.tokens import check_ids, pad
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,13 @@ class Classifier:
             scores += self.scores_of(logits).tolist()
         return scores
 
-    def text_before(self, row: Row, is_turn: bool) -> str:
+    def text_before(self, row: Row, is_chat: bool) -> str:
         """Return what stands before the response to a row's prompt, as the model learned it."""
         form = getattr(self.model.config, "conversation_form", None)
         # A classifier from elsewhere gets the last message.
         if form is None:
-            return last_message(row, is_turn)
-        return prompt_before(self.tokenizer, row, is_turn, form)
+            return last_message(row, is_chat)
+        return prompt_before(self.tokenizer, row, is_chat, form)
 
     def logits_of(self, texts: list[str]) -> torch.Tensor:
         """Return the logits, (batch, labels); of a text that is too long the end counts."""
@@ -73,10 +72,10 @@ class Classifier:
         return (scores - config.score_mean) / config.score_std
 
 
-def last_message(row: Row, is_turn: bool) -> str:
+def last_message(row: Row, is_chat: bool) -> str:
     """Return a prompt, or the last message of a conversation, as a scorer of texts gets it."""
     # The answer to what was said in a chat begins on a line of its own.
-    return last_said(row["prompt"]) + ("\n" if is_turn else "")
+    return last_said(row["prompt"]) + ("\n" if is_chat else "")
 
 
 def labels_of(config: Any) -> list[str]:

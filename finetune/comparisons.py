@@ -6,23 +6,23 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from finetune.data import (
+from finetune.data import Reader, read_data
+from finetune.dialogues import (
     ANSWERS,
     CONVERSATIONS,
     INPUTS,
     LABELS,
     QUESTIONS,
     Dialogue,
-    Reader,
     answered,
     put_together,
+    question_in,
     read_answer,
     read_asked,
-    read_data,
     read_systems,
 )
 from finetune.errors import SettingsError, shorten
-from finetune.fields import Fields, LeftOut, Tally, as_switch, is_empty
+from finetune.fields import Fields, LeftOut, Tally, as_switch
 from finetune.files import Row, is_file, read_table
 from finetune.messages import before_the_answer, messages_in, prompt_text
 
@@ -39,10 +39,14 @@ def read_comparison(row: Row | str, tally: Tally) -> list[Pair]:
 
     Raises LeftOut where nothing is preferred, ValueError for what is no such row.
     """
+    # A line of a text file is "1 a text".
+    if isinstance(row, str):
+        label, *text = row.split(maxsplit=1)
+        row = {"label": label, "text": "".join(text)}
     fields = Fields(row)
-    if "chosen" in fields.row or "rejected" in fields.row:
+    if fields.first(("chosen", "rejected")):
         pairs = read_choice(fields, tally)
-    elif fields.has("ranking"):
+    elif fields.is_filled("ranking"):
         pairs = read_ranking(fields, tally)
     else:
         pairs = read_label(fields, tally)
@@ -58,9 +62,6 @@ COMPARISONS = Reader(
 
 def read_choice(fields: Fields, tally: Tally) -> list[Pair]:
     """Return the comparison of a row with chosen and rejected."""
-    for name in ("chosen", "rejected"):
-        if name in fields.row and not fields.is_filled(name):
-            raise LeftOut(f"with an empty {name}")
     before = read_before(fields, tally)
     better, worse = said_with(before, fields, ["chosen", "rejected"], tally)
     if better == worse:
@@ -72,7 +73,7 @@ def read_ranking(fields: Fields, tally: Tally) -> list[Pair]:
     """Return each comparison of completions with different ranks, of which the lower is better."""
     before = read_before(fields, tally)
     ranks = fields.take_list("ranking")
-    if fields.has(f"completion_{len(ranks)}"):
+    if fields.is_filled(f"completion_{len(ranks)}"):
         raise ValueError(f"its ranking is {shorten(ranks)}: give a rank for each completion")
 
     names = [f"completion_{number}" for number in range(len(ranks))]
@@ -101,11 +102,9 @@ def as_number(rank: Any) -> float:
 
 def read_label(fields: Fields, tally: Tally) -> list[Pair]:
     """Return what a row says as better or worse than a text of score 0, by its label."""
-    # A line of a file of another kind is "1 a text".
-    if list(fields.row) == ["text"]:
-        label, _, text = fields.take_text("text").strip().partition(" ")
-        fields = Fields({"text": text, "label": label})
     name = fields.first(LABELS)
+    if name is None and fields.has_any(("chosen", "rejected", "ranking", *LABELS)):
+        raise LeftOut("where nothing is preferred")
     if name is None:
         lacking = "no chosen, no ranking and no label"
         raise ValueError(f"it has {lacking}: its fields are {fields.names()}")
@@ -118,30 +117,31 @@ def read_label(fields: Fields, tally: Tally) -> list[Pair]:
 def read_labelled(fields: Fields, tally: Tally) -> Dialogue:
     """Return what is said in a row with a label: a text, or an answer to what is asked."""
     # The answer to a prompt may have the name text.
-    if fields.is_filled("text") and not fields.first(ANSWERS):
+    if fields.is_filled("text") and not fields.first((*ANSWERS, *CONVERSATIONS)):
         return said_with(read_before(fields, tally), fields, ["text"], tally)[0]
 
     dialogue = answered(fields, tally)
     last = dialogue.turns[-1]
-    if not last["content"].strip() and not last.get("tool_calls"):
-        raise LeftOut("without an answer")
+    if dialogue.form != "text" and last["role"] != "assistant":
+        raise LeftOut("whose last turn is no answer")
+    check_answer(last, "last turn")
     if dialogue.form == "instruction" and len(dialogue.turns) == 2:
-        beginning = prompt_text(dialogue.turns[0])
-        return as_text(joined_text(beginning, last["content"]))
-    if dialogue.form == "instruction":
-        dialogue = dialogue._replace(form="messages")
-    return checked(dialogue, "last turn")
+        asked, answer = dialogue.turns
+        return as_text(joined_text(prompt_text(asked), answer["content"]))
+    return dialogue if dialogue.form == "text" else dialogue._replace(form="messages")
 
 
 # -------------------------------------------------------------------------- the answers
 def read_before(fields: Fields, tally: Tally) -> Dialogue:
     """Return what is asked before the answers of a row, where it has such a field."""
-    question = fields.first(BEFORE)
-    inputs = [name for name in INPUTS if fields.is_filled(name)]
-    if question and (fields.is_filled(question) or inputs):
+    question = question_in(fields, BEFORE)
+    if question:
         dialogue = read_asked(fields, question, tally)
-        return dialogue._replace(turns=before_the_answer(dialogue.turns))
-    for name in (*inputs, "history"):
+        # Such a field may have one of the answers already.
+        if question in CONVERSATIONS:
+            dialogue = dialogue._replace(turns=before_the_answer(dialogue.turns))
+        return dialogue
+    for name in (*INPUTS, "history"):
         if fields.is_filled(name):
             raise LeftOut(f"with {name}, but without what it belongs to")
 
@@ -166,9 +166,9 @@ def said_with(
     """
     answers = []
     for name in names:
-        if is_empty(fields.take(name)):
-            raise LeftOut(f"with an empty {name}")
-        answers.append(read_answer(fields.row[name], name, tally))
+        turns = read_answer(fields.take(name), name, tally)
+        check_answer(turns[-1], name)
+        answers.append(turns)
 
     are_texts = all(messages_in(fields.row[name]) is None for name in names)
     are_alone = before == NOTHING and all(len(turns) == 1 for turns in answers)
@@ -181,21 +181,33 @@ def said_with(
         beginning = "".join(prompt_text(turn) for turn in before.turns)
         return [as_text(joined_text(beginning, turns[0]["content"])) for turns in answers]
 
+    has_question = any(turn["role"] != "system" for turn in before.turns)
     dialogues = []
     for name, turns in zip(names, answers):
-        is_question = any(turn["role"] != "system" for turn in before.turns)
-        if turns[0]["role"] == "assistant" and not is_question:
+        if turns[0]["role"] == "assistant" and not has_question:
             raise LeftOut(f"whose {name} answers nothing")
         turns = put_together(before.turns, turns)
-        dialogues.append(checked(Dialogue(turns, "messages", before.tools), name))
+        dialogues.append(Dialogue(turns, "messages", before.tools))
     return dialogues
 
 
 def begin_with(before: Dialogue, answers: list[list[Row]]) -> bool:
-    """Return whether all of several answers in texts begin with what was asked."""
+    """Return whether all of several answers in texts begin with what was asked.
+
+    They may begin with a single word by chance.
+    """
     prompt = prompt_text(before.turns[-1]).strip()
-    texts = [turns[0]["content"].lstrip() for turns in answers]
-    return len(texts) > 1 and all(text.startswith(prompt) for text in texts)
+    is_word = prompt.isascii() and prompt.isalnum()
+    if len(answers) < 2 or is_word:
+        return False
+    for turns in answers:
+        text = turns[0]["content"].lstrip()
+        rest = text.removeprefix(prompt)
+        border = prompt[-1:] + rest[:1]
+        goes_on = border.isascii() and border.isalnum()
+        if not text.startswith(prompt) or not rest.strip() or goes_on:
+            return False
+    return True
 
 
 def without_prompt(before: Dialogue, answer: list[Row]) -> list[Row]:
@@ -210,16 +222,13 @@ def as_text(text: str) -> Dialogue:
     return Dialogue([{"role": "user", "content": text}], "text")
 
 
-def checked(dialogue: Dialogue, name: str) -> Dialogue:
-    """Return a conversation; raise LeftOut where it does not end with an answer in words."""
-    last = dialogue.turns[-1]
-    if dialogue.form != "text" and last["role"] != "assistant":
-        raise LeftOut(f"whose {name} is no answer")
-    if last.get("tool_calls"):
-        raise LeftOut(f"whose {name} is a call of a tool")
-    if not last["content"].strip():
+def check_answer(turn: Row, name: str) -> None:
+    """Raise LeftOut where what is to be judged is no answer in words."""
+    for field in ("tool_calls", "reasoning_content"):
+        if turn.get(field):
+            raise LeftOut(f"whose {name} has {field}, which are not judged")
+    if not turn["content"].strip():
         raise LeftOut(f"with an empty {name}")
-    return dialogue
 
 
 def joined_text(before: str, answer: str) -> str:
@@ -250,11 +259,13 @@ def read_said(fields: Fields, tally: Tally) -> Dialogue:
     """Return what is said in a row: an answer to what it asks, or what it asks alone."""
     if fields.first((*ANSWERS, *CONVERSATIONS, "text")):
         return read_labelled(fields, tally)
-    question = fields.first(QUESTIONS)
-    dialogue = read_asked(fields, question or "text", tally)
+    question = question_in(fields, QUESTIONS)
+    if question is None:
+        raise ValueError(f"it has nothing that is said: its fields are {fields.names()}")
+    dialogue = read_asked(fields, question, tally)
     if dialogue.form == "instruction" and len(dialogue.turns) == 1:
         return as_text(prompt_text(dialogue.turns[0]))
-    return checked(dialogue, "last turn")
+    raise LeftOut("whose last turn is no answer")
 
 
 # --------------------------------------------------------------------------- the checks

@@ -3,9 +3,11 @@
 # Settings are checked with this file before the heavy libraries are loaded, so it needs none.
 import json
 import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from finetune.data import Reader, read_answered, read_data
+from finetune.data import Reader, read_data
+from finetune.dialogues import read_answered
 from finetune.errors import SettingsError, shorten
 from finetune.fields import LeftOut, Tally
 from finetune.files import Row
@@ -92,13 +94,14 @@ def in_template(template: str, row: Row, end_token: str) -> tuple[str, list[tupl
     learned = learned_places(row["turns"], row["form"])
     text = ""
     spans = []
-    for place, turn in enumerate(row["turns"]):
+    # What comes after the last of these teaches nothing.
+    for place, turn in enumerate(row["turns"][: learned[-1] + 1]):
         if turn["role"] == "system":
             text += turn["content"] + "\n\n"
         elif turn["role"] == "user":
             text += fill(template, turn["content"], turn.get("input", ""))
         else:
-            is_last = turn is row["turns"][-1]
+            is_last = place == learned[-1]
             answer = turn["content"] if is_last else turn["content"] + end_token
             if place in learned:
                 spans.append((len(text), len(text) + len(answer)))
@@ -140,11 +143,13 @@ def chat_template_of(
     rows: list[Row],
     template: str,
 ) -> str | None:
-    """Return a chat template that asks as the model was taught to be asked.
+    """Return a chat template that asks as the model was taught to be asked, most of the time.
 
-    rows: those that it was taught. Of messages and texts alone it is the tokenizer's own, if any.
+    rows: those that it was taught. It is the tokenizer's own, if any, unless more of them were
+    instructions than conversations.
     """
-    if not any(row["form"] == "instruction" for row in rows):
+    counts = Counter(row["form"] for row in rows)
+    if counts["instruction"] <= counts["messages"]:
         return tokenizer.chat_template
 
     has_start = tokenizer.bos_token_id in tokenizer("")["input_ids"]
@@ -159,6 +164,17 @@ def chat_template_of(
     question = f"{as_literal(before)} + message['content'] + {as_literal(after)}"
     beginning, end = CHAT_TEMPLATE.split("QUESTION")
     return beginning.replace("START", as_literal(start)) + question + end
+
+
+def forms_in_words(rows: list[Row]) -> str:
+    """Return in which templates the rows are put, where that is more than one; behind a comma."""
+    counts = Counter(row["form"] for row in rows)
+    if not (counts["instruction"] and counts["messages"]):
+        return ""
+    templates = (
+        f"{counts['instruction']:,} in TEMPLATE, {counts['messages']:,} in the chat template"
+    )
+    return f", {templates}; it will be asked in the one of most"
 
 
 def as_literal(text: str) -> str:

@@ -3,6 +3,7 @@
 import ast
 import json
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,10 @@ from finetune.errors import shorten
 # What a mark may be that says yes or no, in lower case; a csv has it as a text.
 SWITCHES = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
+LIMIT = 20  # of what is told in a line
+
 # The fields that hold lists, beside those of messages.
-LISTS = ("history", "tools")
+LISTS = ("history", "tools", "ranking", "instances")
 
 
 class LeftOut(Exception):
@@ -38,20 +41,39 @@ class Tally:
         """Return why rows were left out, and how many for each reason, in words."""
         return ", ".join(in_words(self.left_out))
 
+    def unused_fields(self) -> str:
+        """Return the fields that are not used, and how many rows have each, in words."""
+        words = []
+        for name, count in self.unused.items():
+            words.append(f"{shown_name(name)} ({count:,})")
+        if len(words) > LIMIT:
+            words[LIMIT:] = [f"{len(words) - LIMIT} more"]
+        return ", ".join(words)
+
     def in_words(self, with_fields: bool = True) -> str:
         """Return all that is told, behind a comma or a semicolon; with_fields: of unused ones too."""
         text = "".join(f", {words}" for words in in_words(self.changed))
         if self.reasons():
             text += f"; left out: {self.reasons()}"
         if self.unused and with_fields:
-            counts = [f"{name or 'a nameless one'} ({self.unused[name]:,})" for name in self.unused]
-            text += f"; fields not used: {', '.join(counts)}"
+            text += f"; fields not used: {self.unused_fields()}"
         return text
 
 
+def shown_name(name: str) -> str:
+    """Return the name of a field as it is shown: in a line, and without signs that are none."""
+    shown = "".join(sign if sign.isprintable() else "?" for sign in shorten(name, 40))
+    return shown if name else "a nameless one"
+
+
 def in_words(counts: Counter[str]) -> list[str]:
-    """Return each number that is not 0 with what it counts."""
-    return [f"{count:,} {reason}" for reason, count in counts.items() if count]
+    """Return each number that is not 0 with what it counts, many of them in one."""
+    counted = [(count, reason) for reason, count in counts.items() if count]
+    words = [f"{count:,} {reason}" for count, reason in counted[:LIMIT]]
+    if len(counted) > LIMIT:
+        rest = sum(count for count, _ in counted[LIMIT:])
+        words.append(f"{rest:,} for other reasons")
+    return words
 
 
 # --------------------------------------------------------------------------- the fields
@@ -66,10 +88,6 @@ class Fields:
         self.row = row
         self.unused = [name for name in row if self.is_filled(name)]
 
-    def has(self, name: str) -> bool:
-        """Return whether the row has a field, though it may be empty; None is nothing."""
-        return self.row.get(name) is not None
-
     def is_filled(self, name: str) -> bool:
         """Return whether there is something in a field."""
         value = self.row.get(name)
@@ -78,24 +96,27 @@ class Fields:
             value = parsed(value)
         return not is_empty(value)
 
-    def present(self, names: tuple[str, ...]) -> list[str]:
-        """Return those of these fields that the row has, the empty ones last."""
-        there = [name for name in names if self.has(name)]
-        filled = [name for name in there if self.is_filled(name)]
-        return filled + [name for name in there if name not in filled]
+    def first(self, names: Iterable[str]) -> str | None:
+        """Return the first of these fields that is filled, None where none is."""
+        return next((name for name in names if self.is_filled(name)), None)
 
-    def first(self, names: tuple[str, ...]) -> str | None:
-        """Return the first of these fields that is filled, or else there; None where none is."""
-        return next(iter(self.present(names)), None)
+    def has_any(self, names: Iterable[str]) -> bool:
+        """Return whether the row has one of these fields, though it may be empty."""
+        return any(name in self.row for name in names)
 
     def names(self) -> str:
         """Return the names of all fields, in words."""
         return shorten(", ".join(self.row)) if self.row else "none"
 
     def take(self, name: str) -> Any:
-        """Return what is in a field, which is used from now on; an error where there is none."""
-        if not self.has(name):
+        """Return what is in a field, which is used from now on.
+
+        Raises ValueError where there is no such field, LeftOut where it is empty.
+        """
+        if name not in self.row:
             raise ValueError(f"it has no {name}: its fields are {self.names()}")
+        if not self.is_filled(name):
+            raise LeftOut(f"with an empty {name}")
         if name in self.unused:
             self.unused.remove(name)
         return self.row[name]
@@ -118,6 +139,8 @@ def is_empty(value: Any) -> bool:
 
 def checked_text(value: Any, name: str) -> str:
     """Return what is in a field of that name, or raise ValueError where it is no text."""
+    if isinstance(value, bool | int | float):
+        raise ValueError(f"its {name} is {value}, no text: put it in quotes")
     if not isinstance(value, str):
         raise ValueError(f"its {name} is {shorten(value)}, no text")
     # An error for half a character, as "\ud800", which can't be written.
@@ -144,6 +167,11 @@ def as_switch(value: Any, name: str) -> bool:
     return SWITCHES[text]
 
 
+def is_switch(value: Any) -> bool:
+    """Return whether a mark says yes or no."""
+    return str(value).strip().lower() in SWITCHES
+
+
 def is_no(value: Any) -> bool:
     """Return whether a mark says no: False, 0, or one of these as a text."""
     return SWITCHES.get(str(value).strip().lower()) is False
@@ -151,8 +179,17 @@ def is_no(value: Any) -> bool:
 
 def parsed(text: str) -> Any:
     """Return what a text says in JSON, or in Python as pandas writes a list; else the text."""
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return json.loads(text)
-    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+    with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return ast.literal_eval(text)
     return text
+
+
+def without_none(value: Any) -> Any:
+    """Return what is nested in lists and fields without None, which a table has for nothing."""
+    if isinstance(value, dict):
+        return {name: without_none(part) for name, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [without_none(part) for part in value]
+    return value

@@ -3,19 +3,18 @@
 # Bad settings are told within a second, and files are read for that. datasets takes
 # longer to load: so the functions import it that need it.
 import csv
-import glob
 import gzip
 import hashlib
 import io
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import shorten
+from finetune.fields import parsed
 from finetune.hub_data import fetch_file, fetch_rows, quiet_datasets
 
 Row = dict[str, Any]  # the fields of a row by name
@@ -111,12 +110,11 @@ def read_table(entry: str, by_name: bool = False) -> list[Any]:
 
 def read_file(path: str) -> list[Any]:
     """Return the rows of a file, in the form that the ending of its name tells."""
+    content = Path(path).read_bytes()
     form = FORMATS.get(ending_of(path))
     if form is None:
-        Path(path).stat()  # an error where there is none
-        problem = f"its ending tells not what is in it: give it one of {USUAL_ENDINGS}"
+        problem = f"its ending does not tell what is in it: give it one of {USUAL_ENDINGS}"
         raise ValueError(f"{problem}, also with .gz")
-    content = Path(path).read_bytes()
     if content.startswith(GZIP):
         content = gzip.decompress(content)
     if form == "parquet":
@@ -129,9 +127,9 @@ def read_file(path: str) -> list[Any]:
         return parse_json(text.strip())
 
     texts = [line.strip() for line in text.split("\n") if line.strip()]
-    if texts and all(is_json(line, dict) for line in texts):
+    if texts and re.match(r'\{\s*"[^"]*"\s*:', texts[0]):
         raise ValueError("its lines are JSON objects: give its name the ending .jsonl")
-    if is_json(text.strip(), list):
+    if is_list_in_json(text.strip()):
         raise ValueError("it is a list in JSON: give its name the ending .json")
     return texts
 
@@ -139,6 +137,8 @@ def read_file(path: str) -> list[Any]:
 def text_of(content: bytes) -> str:
     """Return bytes in UTF-8, with a byte order mark or without, as a text."""
     remedy = "save it as UTF-8"
+    if content.startswith(b"PK"):
+        raise ValueError("it is packed, as Excel's own files are: save it as .csv, in UTF-8")
     if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content[:4]:
         raise ValueError(f"its encoding is UTF-16, it seems: {remedy}")
     try:
@@ -153,39 +153,58 @@ def text_of(content: bytes) -> str:
 def parse_json(text: str) -> list[Any]:
     """Return the rows of a list in JSON, of a single object, or of JSON in each line."""
     if text.startswith("["):
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=with_names_once)
     try:
-        row = json.loads(text)
-    except ValueError:
-        return parse_json_lines(text)
+        row = json.loads(text, object_pairs_hook=with_names_once)
+    except ValueError as error:
+        return parse_json_lines(text, error)
 
     # Some files are one object, and the rows are in it.
     for name in ("data", "train", "rows", "examples", "items"):
-        if isinstance(row, dict) and isinstance(row.get(name), list):
+        rows = row.get(name) if isinstance(row, dict) else None
+        if isinstance(rows, list) and all(isinstance(part, dict) for part in rows):
             problem = f"its rows are in the field {name} of a single object"
             raise ValueError(f"{problem}: save that list alone")
     return [row]
 
 
-def parse_json_lines(text: str) -> list[Any]:
-    """Return the row in each line; empty lines have none."""
+def with_names_once(pairs: list[tuple[str, Any]]) -> Row:
+    """Return an object of JSON; refuse one that has a name twice, of which one would be lost."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has the field {shorten(twice)} twice")
+    return row
+
+
+def parse_json_lines(text: str, error_of_all: ValueError) -> list[Any]:
+    """Return the row in each line; empty lines have none.
+
+    error_of_all: why the lines together are no JSON, which is told where the first is none.
+    """
     # A line ends at a line feed alone: a text may well have other signs that end a line.
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"line {number} is no JSON: {error}") from error
+                rows.append(json.loads(line, object_pairs_hook=with_names_once))
+            except json.JSONDecodeError as error:
+                if line.rstrip().endswith(","):
+                    problem = f"line {number} ends with a comma"
+                    raise ValueError(f"{problem}: take it away") from error
+                if not rows:
+                    raise error_of_all from error
+                raise ValueError(f"line {number} is no JSON: {error.msg}") from error
     return rows
 
 
-def is_json(text: str, form: type[dict | list]) -> bool:
-    """Return whether a text is an object or a list in JSON."""
-    if text[:1] not in ("{", "["):
+def is_list_in_json(text: str) -> bool:
+    """Return whether a text is a list in JSON."""
+    if not text.startswith("["):
         return False
     try:
-        return isinstance(json.loads(text), form)
+        return isinstance(json.loads(text), list)
     except ValueError:
         return False
 
@@ -208,11 +227,13 @@ def separate(text: str, ending: str) -> tuple[str, str]:
 
 def parse_csv(text: str, separator: str) -> list[Row]:
     """Return the rows of a table, whose first line has the names; all that is in it is text."""
+    if re.match(r"\s*(\[\s*)?\{", text):
+        raise ValueError("it is JSON: give its name the ending .jsonl, or .json of a list")
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows = []
     try:
-        names = next(reader, [])
+        names = [name.strip() for name in next(reader, [])]
         check_names(names)
         for fields in reader:
             if len(fields) > len(names):
@@ -221,7 +242,8 @@ def parse_csv(text: str, separator: str) -> list[Row]:
                 raise ValueError(f"{problem}, the first line {len(names)}: {remedy}")
             # A line may be empty, or end early: then it lacks the last fields.
             if fields:
-                rows.append(dict(zip(names, fields)))
+                values = [messages_or_text(field) for field in fields]
+                rows.append(dict(zip(names, values)))
     except csv.Error as error:
         remedy = 'write a quote inside of a field twice, ""'
         raise ValueError(f"line {reader.line_num}: {error}: {remedy}") from error
@@ -235,20 +257,21 @@ def check_names(names: list[str]) -> None:
             raise ValueError(f"its first line has the name {shorten(name)} twice")
 
 
+def messages_or_text(field: str) -> Any:
+    """Return a field of a table; messages, which are written there as a text, as what they are."""
+    if not re.match(r"\s*\[?\s*\{", field):
+        return field
+    value = parsed(field)
+    first = value[0] if isinstance(value, list) else value
+    is_message = isinstance(first, dict) and not {"role", "from"}.isdisjoint(first)
+    return value if is_message else field
+
+
 def parse_parquet(content: bytes) -> list[Row]:
     """Return the rows of a table in the form of Apache Parquet."""
-    datasets = quiet_datasets()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "rows.parquet")
-        path.write_bytes(content)
-        # Without streaming a copy of the file would stay in the cache.
-        rows = datasets.load_dataset(
-            "parquet",
-            data_files=glob.escape(str(path)),
-            split="train",
-            streaming=True,
-        )
-        return list(rows)
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
 
 
 def read_folder(path: str) -> list[Row]:

@@ -10,7 +10,7 @@ import transformers
 from finetune.errors import shorten
 from finetune.files import Row
 from finetune.progress import Metrics, recent
-from finetune.tokens import prompt_ids, texts_of
+from finetune.tokens import appends_end, prompt_ids, texts_of
 
 
 # -------------------------------------------------------------------------- the figures
@@ -81,7 +81,7 @@ def answers(
 ) -> dict[str, str]:
     """Return {what is asked: answer}, the likeliest tokens, up to the first end token.
 
-    rows: as from read_examples. examples: the same with their input_ids and labels.
+    rows: as of read_example. examples: the same with their input_ids and labels.
     """
     texts = {}
     for row, example in zip(rows, examples):
@@ -99,7 +99,7 @@ def query_of(
     """Return the tokens before the first answer, or of a mere text those of its beginning."""
     ids, labels = example["input_ids"], example["labels"]
     if row["form"] == "text":
-        shown = prompt_ids(tokenizer, row["shown"], is_decoder=True)
+        shown = prompt_ids(tokenizer, row["shown"], drops_end=appends_end(tokenizer))
         return shown[: len(ids) - 1]
 
     first = 1

@@ -4,9 +4,10 @@ from typing import Any
 
 import transformers
 
-from finetune.chat import checked_rendering, rendering
+from finetune.chat import checked_rendering
 from finetune.comparisons import Pair, joined_text
-from finetune.data import Data, Dialogue
+from finetune.data import Data
+from finetune.dialogues import Dialogue
 from finetune.errors import blame
 from finetune.fields import LeftOut, Tally
 from finetune.files import Row
@@ -36,8 +37,6 @@ def judged_text(tokenizer: Tokenizer, dialogue: Dialogue, form: str) -> str:
     *before, last = plain_turns(dialogue.turns)
     if dialogue.form == "text":
         return last["content"]
-    if form == "chat_template":
-        checked_rendering(tokenizer, [*before, last], dialogue.tools)
     return beginning(tokenizer, before, dialogue.tools, form) + last["content"]
 
 
@@ -47,24 +46,24 @@ def beginning(
     tools: list[Row] | None,
     form: str,
 ) -> str:
-    """Return what stands before an answer to these turns."""
+    """Return what stands before an answer to these turns; raise LeftOut where that can't be."""
+    if form == "chat_template":
+        return checked_rendering(tokenizer, turns, tools, add_generation_prompt=True)
+    if tools or any(turn.get("tool_calls") for turn in turns):
+        raise LeftOut("with tools, for which the model has no chat template")
     # A model that learned texts alone has a question and its answer in one line.
     if form == "text" and len(turns) == 1:
         return joined_text(turns[0]["content"], "")
-    if form == "chat_template":
-        return rendering(tokenizer, turns, tools, add_generation_prompt=True)
-    if tools or any(turn.get("tool_calls") for turn in turns):
-        raise LeftOut("with tools, for which the model has no chat template")
     return "".join(turn["content"] + "\n" for turn in turns)
 
 
-def prompt_before(tokenizer: Tokenizer, row: Row, is_turn: bool, form: str) -> str:
+def prompt_before(tokenizer: Tokenizer, row: Row, is_chat: bool, form: str) -> str:
     """Return what stands before the response to a row's prompt in PPO, as the model learned it.
 
-    is_turn: whether the prompt was put into a chat template; else the response continues it.
+    is_chat: whether the prompt was put into a chat template; else the response continues it.
     """
     prompt = row["prompt"]
-    if not is_turn:
+    if not is_chat:
         return prompt
     if isinstance(prompt, str):
         turns, tools = [{"role": "user", "content": prompt}], None
@@ -88,16 +87,18 @@ def tokenize_comparisons(
     with blame("DATA", settings.data, remedy, length=600):
         pairs = pairs_of(tokenizer, data.rows, form, data.tally)
         eval_pairs = pairs_of(tokenizer, data.eval_rows, form, data.tally)
-        if not pairs:
+        examples = tokenize(tokenizer, pairs, data.tally)
+        eval_examples = tokenize(tokenizer, eval_pairs, data.tally)
+        if not examples:
             raise ValueError(f"none of its rows can be used: {data.tally.reasons()}")
         # Where no row is left that was held out, the last of the others is.
-        if not eval_pairs:
-            last = pairs[-1][0]
-            eval_pairs = [pair for pair in pairs if pair[0] == last]
-            pairs = [pair for pair in pairs if pair[0] != last]
-        if not pairs:
-            raise ValueError(f"a single row can be used: {data.tally.reasons()}")
-    return form, tokenize(tokenizer, pairs), tokenize(tokenizer, eval_pairs)
+        if not eval_examples:
+            last = examples[-1]["row"]
+            eval_examples = [example for example in examples if example["row"] == last]
+            examples = [example for example in examples if example["row"] != last]
+        if not examples:
+            raise ValueError(f"a single row of it can be used: {data.tally.reasons()}")
+    return form, examples, eval_examples
 
 
 def row_count(examples: list[Row]) -> int:
@@ -120,28 +121,40 @@ def pairs_of(
 
     tally: counts the rows that the chat template does not take.
     """
-    pairs = []
+    pairs: list[tuple[int, str | None, str | None]] = []
     for number, row in enumerate(rows):
         try:
-            for pair in row:
-                better, worse = [
-                    dialogue and judged_text(tokenizer, dialogue, form) for dialogue in pair
-                ]
-                pairs.append((number, better, worse))
+            texts = [texts_of_pair(tokenizer, pair, form) for pair in row]
+            pairs += [(number, better, worse) for better, worse in texts]
         except LeftOut as reason:
             tally.left_out[str(reason)] += 1
-            pairs = [pair for pair in pairs if pair[0] != number]
     return pairs
+
+
+def texts_of_pair(
+    tokenizer: Tokenizer,
+    pair: Pair,
+    form: str,
+) -> tuple[str | None, str | None]:
+    """Return the better text and the worse one, None where there is none."""
+    better, worse = pair
+    better_text = better and judged_text(tokenizer, better, form)
+    worse_text = worse and judged_text(tokenizer, worse, form)
+    if better_text == worse_text:
+        raise LeftOut("where nothing is preferred")
+    return better_text, worse_text
 
 
 def tokenize(
     tokenizer: Tokenizer,
     pairs: list[tuple[int, str | None, str | None]],
+    tally: Tally,
 ) -> list[Row]:
     """Return an example for each comparison: its row's number, its texts, their signs and tokens.
 
     sign: 1.0 of a better text, -1.0 of a worse one. sequences: the token ids of each text. The
-    longest of them is input_ids, by which comparisons of like length are put together.
+    longest of them is input_ids, by which comparisons of like length are put together. tally:
+    counts texts that were cut, and comparisons of which nothing is left by that.
     """
     examples = []
     for number, better, worse in pairs:
@@ -149,6 +162,11 @@ def tokenize(
         texts = tuple(text for text, _ in signed if text is not None)
         signs = tuple(sign for text, sign in signed if text is not None)
         sequences = [judged_ids(tokenizer, text) for text in texts]
+        cut_count = sum(is_cut(tokenizer, text) for text in texts)
+        tally.changed["texts cut"] += cut_count
+        if cut_count and len(sequences) == 2 and sequences[0] == sequences[1]:
+            tally.left_out["that are the same after they were cut"] += 1
+            continue
         example = {
             "row": number,
             "texts": texts,
@@ -158,6 +176,15 @@ def tokenize(
         }
         examples.append(example)
     return examples
+
+
+def is_cut(tokenizer: Tokenizer, text: str) -> bool:
+    """Return whether a text is too long for the tokenizer's length, and loses its beginning."""
+    # No token is longer than the text of it, in bytes.
+    length = tokenizer.model_max_length
+    if len(text.encode()) + 8 <= length:
+        return False
+    return len(tokenizer(text)["input_ids"]) > length
 
 
 def judged_ids(tokenizer: Tokenizer, text: str, length: int | None = None) -> list[int]:

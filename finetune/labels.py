@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 import transformers
 
-from finetune.chat import checked_rendering, rendering
+from finetune.chat import check_known, checked_rendering, rendering
 from finetune.data import Data
 from finetune.errors import SettingsError
 from finetune.examples import in_template, learned_places, shown_of
 from finetune.fields import LeftOut, Tally
 from finetune.files import Row
-from finetune.messages import plain_turns
+from finetune.messages import plain_turns, prompt_text
 from finetune.tokens import without_second_start
 
 Tokenizer = transformers.PreTrainedTokenizerBase
@@ -45,23 +45,16 @@ def tokenize(
 ) -> Learned:
     """Return the examples in rows, one each, or one for each of its answers.
 
-    rows: as from read_examples; what of them can't be used is counted in tally. length: of an
-    example in tokens, at most. Raises SettingsError where all are too long, ValueError where none
-    can be used.
+    rows: as of read_example; what of them can't be used is counted in tally. length: of an example
+    in tokens, at most. Raises SettingsError where all are too long, ValueError where none can be
+    used.
     """
     if not tokenizer.is_fast:
         raise ValueError("the model's tokenizer does not tell where its tokens are")
     if not tokenizer.chat_template and any(row["form"] == "messages" for row in rows):
         raise ValueError("it has conversations, and the model has no chat template")
-
-    learned = Learned([], [])
     told = Tally()
-    for row in rows:
-        try:
-            add_row(learned, tokenizer, row, template, length, told)
-        except LeftOut as reason:
-            told.left_out[str(reason)] += 1
-
+    learned = learn(tokenizer, rows, template, length, told)
     tally.add(told)
     if not learned.examples and told.left_out[TOO_LONG]:
         remedy = "give more or shorter examples, since of none an answer is left"
@@ -79,14 +72,34 @@ def tokenize_data(
 ) -> tuple[Learned, Learned]:
     """Return what there is to train on, and what is held out; see tokenize."""
     learned = tokenize(tokenizer, data.rows, template, length, data.tally)
-    if len(learned.examples) == 1:
-        return learned, tokenize(tokenizer, data.eval_rows, template, length, data.tally)
-    try:
-        eval_learned = tokenize(tokenizer, data.eval_rows, template, length, data.tally)
-    except ValueError:
-        # Where no row is left that was held out, the last of the others is.
-        eval_learned = Learned([learned.examples.pop()], [learned.rows.pop()])
-    return learned, eval_learned
+    held_out = learn(tokenizer, data.eval_rows, template, length, data.tally)
+
+    # Where no row is left that was held out, the last of the others is, with all its examples.
+    if not held_out.examples:
+        last = learned.rows[-1]["turns"]
+        while learned.rows and learned.rows[-1]["turns"] is last:
+            held_out.examples.append(learned.examples.pop())
+            held_out.rows.append(learned.rows.pop())
+    if not learned.examples:
+        raise ValueError(f"a single row of it can be used: {data.tally.reasons()}")
+    return learned, held_out
+
+
+def learn(
+    tokenizer: Tokenizer,
+    rows: list[Row],
+    template: str,
+    length: int,
+    tally: Tally,
+) -> Learned:
+    """Return what there is to learn in rows, perhaps nothing; the arguments are tokenize's."""
+    learned = Learned([], [])
+    for row in rows:
+        try:
+            add_row(learned, tokenizer, row, template, length, tally)
+        except LeftOut as reason:
+            tally.left_out[str(reason)] += 1
+    return learned
 
 
 def add_row(
@@ -98,6 +111,8 @@ def add_row(
     tally: Tally,
 ) -> None:
     """Add what there is to learn in a row; the arguments are those of tokenize."""
+    if row["form"] != "text" and has_special_token(tokenizer, row["turns"]):
+        tally.changed["with a special token in what is said"] += 1
     for piece in pieces_of(tokenizer, row, template):
         ids, labels = label(tokenizer, piece, is_chat=row["form"] == "messages")
         # The first token is never learned, since nothing stands before it.
@@ -108,6 +123,12 @@ def add_row(
         example = {"input_ids": ids[:length], "labels": labels[:length]}
         learned.examples.append(example)
         learned.rows.append(row | {"shown": shown_of(row["turns"], piece.place)})
+
+
+def has_special_token(tokenizer: Tokenizer, turns: list[Row]) -> bool:
+    """Return whether a turn has the text of a special token in it, which becomes that token."""
+    said = "\n".join(prompt_text(turn) for turn in turns)
+    return any(token in said for token in tokenizer.all_special_tokens)
 
 
 def pieces_of(tokenizer: Tokenizer, row: Row, template: str) -> list[Piece]:
@@ -139,10 +160,12 @@ def label(tokenizer: Tokenizer, piece: Piece, is_chat: bool) -> tuple[list[int],
         labels.append(token if is_answer else -100)
     ids = without_second_start(tokenizer, encoded["input_ids"])
     labels = labels[len(labels) - len(ids) :]
+    end_token = tokenizer.eos_token_id
+    if ids[-2:] == [end_token, end_token]:
+        ids, labels = ids[:-1], labels[:-1]
 
     # Some tokenizers put an end token behind every text by themselves, and some templates do.
     if not is_chat or not has_end(tokenizer, piece):
-        end_token = tokenizer.eos_token_id
         ids = ids if ids[-1] == end_token else [*ids, end_token]
         labels = [*labels[: len(ids) - 1], end_token]
     return ids, labels
@@ -152,7 +175,8 @@ def has_end(tokenizer: Tokenizer, piece: Piece) -> bool:
     """Return whether the last answer of a piece ends with a special token."""
     first, last = piece.spans[-1]
     ids = tokenizer(piece.text[first:last], add_special_tokens=False)["input_ids"]
-    return ids[-1] == tokenizer.eos_token_id or ids[-1] in tokenizer.added_tokens_decoder
+    added = tokenizer.added_tokens_decoder.get(ids[-1])
+    return ids[-1] == tokenizer.eos_token_id or bool(added and added.special)
 
 
 # ------------------------------------------------------------------------- conversations
@@ -186,6 +210,8 @@ def answer_at(
     answer = turns[place]["content"].strip()
     if without_spaces(answer) not in without_spaces(text):
         raise LeftOut("whose answer the chat template changes")
+    # Of answers before it a template may well leave the reasoning away.
+    check_known(tokenizer, turns[: place + 1], tools, "reasoning_content")
     if text.startswith(before) and text != before:
         return Piece(text, [(len(before), len(text))], place)
 
@@ -193,7 +219,7 @@ def answer_at(
     asked = rendering(tokenizer, turns[:place], tools).rstrip()
     start = shared_length(before, text)
     if answer in text[len(asked) :]:
-        start = min(start, text.index(answer, len(asked)))
+        start = min(start, text.rindex(answer))
     if start < len(asked) or start == len(text):
         raise LeftOut("where the chat template changes what came before an answer")
     return Piece(text, [(start, len(text))], place)

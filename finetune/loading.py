@@ -12,7 +12,7 @@ from finetune.files import Row
 from finetune.hub import config_of, context_of, find_model
 from finetune.models import load_base_model
 from finetune.prompts import Prompts, is_turn, last_said
-from finetune.tokens import encode, load_tokenizer
+from finetune.tokens import check_ids, encode, load_tokenizer
 
 
 def load_model(
@@ -32,7 +32,8 @@ def load_model(
         rows = prompts_that_fit(context, tokenizer, prompts.rows, settings, prompts.tally)
         eval_rows = prompts_that_fit(context, tokenizer, prompts.eval_rows, settings, prompts.tally)
         model = load_base_model(path, device, dtype, settings.quantization, auto_class)
-        check_ids(model, tokenizer, encode(tokenizer, rows + eval_rows, settings.chat_template))
+        queries = encode(tokenizer, rows + eval_rows, settings.chat_template)
+        check_ids(model, tokenizer, queries)
     return model, tokenizer, prompts._replace(rows=rows, eval_rows=eval_rows)
 
 
@@ -100,24 +101,3 @@ def check_turns(tokenizer: transformers.PreTrainedTokenizerBase, row: Row) -> No
         checked_rendering(tokenizer, [{"role": "user", "content": row["prompt"]}], None, True)
     else:
         checked_rendering(tokenizer, row["prompt"], row.get("tools"), True)
-
-
-def check_ids(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    sequences: Any,
-) -> None:
-    """Refuse token ids that a model has no embedding for.
-
-    sequences: of the data's token ids. Raises ValueError with both numbers.
-    """
-    embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.num_embeddings
-    special = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    largest = max(token for token in (*special, 0) if token is not None)
-    for sequence in sequences:
-        largest = max(largest, int(max(sequence)))
-    if largest >= rows:
-        token = tokenizer.convert_ids_to_tokens(largest)
-        problem = f"its tokenizer has the token {token!r} with the id {largest}"
-        raise ValueError(f"{problem}, but its embedding has {rows} rows")

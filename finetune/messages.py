@@ -3,7 +3,17 @@
 from typing import Any
 
 from finetune.errors import shorten
-from finetune.fields import Fields, LeftOut, Tally, as_list, checked_text, is_no, parsed
+from finetune.fields import (
+    Fields,
+    LeftOut,
+    Tally,
+    as_list,
+    checked_text,
+    is_no,
+    is_switch,
+    parsed,
+    without_none,
+)
 from finetune.files import Row
 
 ROLES = {
@@ -19,7 +29,7 @@ ROLES = {
 }
 
 # What a message may have beside its role and its content, for chat templates to render.
-OF_A_MESSAGE = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+OF_A_MESSAGE = ("tool_calls", "tool_call_id", "reasoning_content")
 
 # Marks of a message that is not to be learned: OpenAI's, Axolotl's, and ms-swift's.
 MARKS = ("weight", "train", "training", "loss")
@@ -51,17 +61,16 @@ def read_turn(fields: Fields, place: str) -> Row:
     place: field and number, for errors.
     """
     name = fields.first(("role", "from"))
-    names = ", ".join(fields.row)
     if name is None:
-        raise ValueError(f"its {place} has no role, but {shorten(names)}")
+        raise ValueError(f"its {place} has no role, but {fields.names()}")
     role = checked_text(fields.take(name), f"{place}, {name}").strip().lower()
     if role not in ROLES:
         raise LeftOut(f"with the unknown role {shorten(role)}")
 
     # Where an assistant calls a tool, its content is often None.
     name = fields.first(("content", "value"))
-    if name is None and fields.row.keys().isdisjoint(("content", "value", "tool_calls")):
-        raise ValueError(f"its {place} has no content, but {shorten(names)}")
+    if not fields.has_any(("content", "value", "tool_calls")):
+        raise ValueError(f"its {place} has no content, but {fields.names()}")
     content = content_of(fields.take(name), f"{place}, {name}") if name else ""
 
     # OpenAI's old form of tool_calls, which templates do not know.
@@ -70,34 +79,24 @@ def read_turn(fields: Fields, place: str) -> Row:
     turn: Row = {"role": ROLES[role], "content": content}
     for name in OF_A_MESSAGE:
         if fields.is_filled(name):
-            turn[name] = fields.take(name)
+            turn[name] = without_none(fields.take(name))
     if "tool_calls" in turn:
         turn["tool_calls"] = [with_arguments(call) for call in as_list(turn["tool_calls"], place)]
+    # What a tool is called some templates render.
+    if turn["role"] == "tool" and fields.is_filled("name"):
+        turn["name"] = fields.take("name")
     for name in MARKS:
-        if fields.is_filled(name) and is_no(fields.take(name)):
+        # What is neither yes nor no is not used, which is told.
+        if fields.is_filled(name) and is_switch(fields.row[name]) and is_no(fields.take(name)):
             turn["weight"] = 0
     return turn
 
 
 def messages_in(value: Any) -> list[Any] | None:
-    """Return the messages in a field that may as well hold a text; None where that is one.
-
-    They may be written as a text, as in a csv.
-    """
-    entries = value
-    if isinstance(value, str):
-        entries = parsed(value) if value.lstrip()[:2] in ("[{", '{"', "{'") else None
-    if isinstance(entries, dict):
-        entries = [entries]
-    if isinstance(value, str) and not (isinstance(entries, list) and is_message(entries)):
-        return None
-    return entries if isinstance(entries, list) else None
-
-
-def is_message(entries: list[Any]) -> bool:
-    """Return whether the first of these entries has a role and a content."""
-    names = set(entries[0]) if entries and isinstance(entries[0], dict) else set()
-    return bool(names & {"role", "from"}) and bool(names & {"content", "value"})
+    """Return the messages in a field that may hold a text as well; None where that is one."""
+    if isinstance(value, dict):
+        return [value]
+    return value if isinstance(value, list) else None
 
 
 def with_arguments(call: Any) -> Any:
@@ -106,12 +105,11 @@ def with_arguments(call: Any) -> Any:
         return call
     changed = {}
     for name, value in call.items():
+        changed[name] = value
         if name == "function":
             changed[name] = with_arguments(value)
         elif name == "arguments" and isinstance(value, str):
             changed[name] = parsed(value)
-        elif value is not None:
-            changed[name] = value
     return changed
 
 

@@ -1,11 +1,13 @@
 """Prompts: texts and files, as the rows that PPO trains on and measures."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
-from finetune.data import QUESTIONS, Dialogue, hold_out, read_asked
+from finetune.data import FILE_REMEDY, hold_out, read_each
+from finetune.dialogues import QUESTIONS, Dialogue, question_in, read_asked
 from finetune.errors import SettingsError, blame, shorten
 from finetune.fields import Fields, LeftOut, Tally
-from finetune.files import USUAL_ENDINGS, Row, is_file, read_table
+from finetune.files import Row, is_file, read_table
 from finetune.messages import before_the_answer, plain_turns, prompt_text
 
 Prompt = str | list[Row]  # a text, or the messages of a conversation
@@ -42,7 +44,7 @@ def read_prompts(
 
     tally = Tally()
     rows_read = read_rows("PROMPTS", prompts, prompt_field, tally)
-    train_count = len({str(row["prompt"]) for row in rows_read})
+    train_count = len({asked_in(row) for row in rows_read})
     if eval_source == "EVAL_PROMPTS":
         rows_read += read_rows("EVAL_PROMPTS", eval_prompts, prompt_field, tally)
 
@@ -71,30 +73,22 @@ def read_rows(setting: str, entries: list[str], prompt_field: str, tally: Tally)
     Each has its prompt, a text or a list of messages, in the field prompt.
     """
     rows: list[Row] = []
-    remedy = f"give a {USUAL_ENDINGS} file with a prompt a row, in UTF-8"
+    remedy = "give rows with prompt, messages, instruction, question or text, or set PROMPT_FIELD"
     for entry in entries:
-        with blame(setting, entry, remedy, length=600):
+        with blame(setting, entry, FILE_REMEDY):
             table = read_table(entry) if is_file(entry) else [entry]
-            entry_rows = []
+        with blame(setting, entry, remedy, length=600):
             told = Tally()
-            for number, row in enumerate(table, start=1):
-                try:
-                    entry_rows.append(read_prompt(row, prompt_field, told))
-                except LeftOut as reason:
-                    told.left_out[str(reason)] += 1
-                except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    raise ValueError(f"row {number}: {error}") from error
+            read = partial(read_prompt, prompt_field=prompt_field)
+            entry_rows = read_each(table, read, told)
             if not entry_rows:
-                reasons = told.reasons()
-                raise ValueError(
-                    f"it has no prompts: {reasons}" if reasons else "it has no prompts"
-                )
+                raise ValueError(f"it has no prompts: {told.reasons() or 'it is empty'}")
             rows += entry_rows
             tally.add(told)
     return rows
 
 
-def read_prompt(row: Any, prompt_field: str, tally: Tally) -> Row:
+def read_prompt(row: Any, tally: Tally, prompt_field: str) -> Row:
     """Return a row with its prompt: a text, or a list of messages.
 
     Raises LeftOut where the prompt is empty, ValueError where there is none.
@@ -121,12 +115,12 @@ def read_prompt(row: Any, prompt_field: str, tally: Tally) -> Row:
 def question_of(fields: Fields, prompt_field: str) -> str:
     """Return the field of a row's prompt: PROMPT_FIELD, or the first usual one."""
     names = QUESTIONS if prompt_field == "auto" else (prompt_field,)
-    field = fields.first(names)
-    if field is None and any(name in fields.row for name in names):
+    field = question_in(fields, names)
+    if field is None and fields.has_any(names):
         raise LeftOut("empty")
     if field is None:
         found = f"its fields are {fields.names()}"
-        raise ValueError(f"PROMPT_FIELD is {prompt_field}, and {found}: name one of these there")
+        raise ValueError(f"PROMPT_FIELD is {prompt_field}, and {found}")
     return field
 
 
@@ -138,6 +132,12 @@ def prompt_of(dialogue: Dialogue) -> Prompt:
     return plain_turns(turns)
 
 
+def asked_in(row: Row) -> str:
+    """Return what tells a prompt from others: its text or messages, and their tools."""
+    is_text = isinstance(row["prompt"], str)
+    return str(row["prompt"]) if is_text else str((row["prompt"], row.get("tools")))
+
+
 def unique_rows(rows: list[Row]) -> list[Row]:
     """Return the first row of each prompt; fields that it lacks are None."""
     # All get the same fields, since a function that scores texts wants each one of all rows.
@@ -147,7 +147,7 @@ def unique_rows(rows: list[Row]) -> list[Row]:
 
     unique: dict[str, Row] = {}
     for row in rows:
-        unique.setdefault(str(row["prompt"]), fields | row)
+        unique.setdefault(asked_in(row), fields | row)
     return list(unique.values())
 
 

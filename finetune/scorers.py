@@ -14,7 +14,7 @@ from finetune.errors import RunError, SettingsError, shorten
 from finetune.fields import LeftOut
 from finetune.files import Row
 from finetune.functions import function_in_file
-from finetune.prompts import is_turn
+from finetune.prompts import is_turn, last_said
 from finetune.scale import Scale
 
 
@@ -45,15 +45,23 @@ class Scorer:
         return asked
 
     def try_out(self, rows: list[Row]) -> None:
-        """Score two texts, one empty as every response begins, or raise SettingsError."""
+        """Make sure that all prompts can be scored, and two texts are, one empty as all begin.
+
+        Raises SettingsError.
+        """
+        for row in rows:
+            try:
+                self.asked_of([row])
+            except LeftOut as reason:
+                name = shorten(name_of(self.function))
+                prompt = shorten(last_said(row["prompt"]))
+                problem = f"{self.setting} is {name}: it can't judge {prompt!r}, a prompt {reason}"
+                remedy = "name another, or leave such prompts out"
+                raise SettingsError(f"{problem}: {remedy}") from reason
         try:
-            self.asked_of(rows)
             self([rows[0], rows[-1]], ["", " fine"])
         except RunError as error:
             raise SettingsError(str(error)) from error
-        except LeftOut as reason:
-            problem = f"{self.setting} is {name_of(self.function)}: there is a prompt {reason}"
-            raise SettingsError(f"{problem}: name another, or leave such prompts out") from reason
 
 
 def load_scorer(

@@ -4,7 +4,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune.data import read_answered
+from finetune.data import FILE_REMEDY, read_each
+from finetune.dialogues import read_answered
 from finetune.errors import blame, shorten
 from finetune.fields import Fields, LeftOut, Tally, as_switch
 from finetune.files import Row, read_table
@@ -27,18 +28,13 @@ def read_seed_tasks(seed_tasks: str) -> SeedTasks:
     its output is one of a few fixed labels.
     """
     path = str(SEED_TASKS) if seed_tasks == "auto" else seed_tasks
-    tasks = []
     tally = Tally()
+    with blame("SEED_TASKS", seed_tasks, FILE_REMEDY):
+        table = read_table(path, by_name=True)
     with blame("SEED_TASKS", seed_tasks, REMEDY, length=600):
-        for number, row in enumerate(read_table(path, by_name=True), start=1):
-            try:
-                tasks.append(task_of(Fields(row), tally))
-            except LeftOut as reason:
-                tally.left_out[str(reason)] += 1
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise ValueError(f"row {number}: {error}") from error
+        tasks = read_each(table, task_of, tally)
         if not tasks:
-            raise ValueError(f"it has no tasks: {tally.reasons() or 'no rows'}")
+            raise ValueError(f"it has no tasks: {tally.reasons() or 'it is empty'}")
     return SeedTasks(tasks, tally)
 
 
@@ -47,10 +43,11 @@ def texts_in(tasks: list[Row]) -> list[str]:
     return [value for task in tasks for value in task.values() if isinstance(value, str)]
 
 
-def task_of(fields: Fields, tally: Tally) -> Row:
+def task_of(given: Row | str, tally: Tally) -> Row:
     """Return the seed task in a row, with an empty input and of no class where it has none."""
+    fields = Fields(given)
     is_classification = False
-    if fields.has("is_classification"):
+    if fields.is_filled("is_classification"):
         name = "is_classification"
         is_classification = as_switch(fields.take(name), name)
     row = {name: fields.row[name] for name in fields.row if name != "is_classification"}

@@ -74,13 +74,13 @@ def encode(
     chat_template: bool,
 ) -> list[torch.Tensor]:
     """Return the queries, a 1-D tensor of token ids for the prompt of each row."""
-    # A decoder's queries are padded on the left.
-    is_decoder = tokenizer.padding_side == "left"
+    # Behind an end token a decoder would be done; its queries are padded on the left.
+    drops_end = tokenizer.padding_side == "left" and appends_end(tokenizer)
     queries = []
     for row in rows:
         prompt = row["prompt"]
         if not is_turn(prompt, chat_template):
-            ids = prompt_ids(tokenizer, prompt, is_decoder)
+            ids = prompt_ids(tokenizer, prompt, drops_end)
         else:
             # The template has a start token, where one is wanted.
             is_text = isinstance(prompt, str)
@@ -97,14 +97,19 @@ def encode(
 def prompt_ids(
     tokenizer: transformers.PreTrainedTokenizerBase,
     text: str,
-    is_decoder: bool,
+    drops_end: bool,
 ) -> list[int]:
-    """Return the token ids of a text that is to be continued."""
+    """Return the token ids of a text that is to be continued.
+
+    drops_end: whether the last token is the tokenizer's own end token, see appends_end.
+    """
     ids = without_second_start(tokenizer, tokenizer(text)["input_ids"])
-    # Some tokenizers put an end token behind every text, after which a decoder would be done.
-    end = tokenizer.eos_token_id
-    is_own = text.rstrip().endswith(tokenizer.eos_token) and ids[-2:] != [end, end]
-    return ids[:-1] if is_decoder and ids[-1:] == [end] and not is_own else ids
+    return ids[:-1] if drops_end else ids
+
+
+def appends_end(tokenizer: transformers.PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer puts an end token behind every text."""
+    return tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
 
 def without_second_start(
@@ -114,22 +119,6 @@ def without_second_start(
     """Return the ids of a text, with one start token where it has its own and the tokenizer's."""
     start = tokenizer.bos_token_id
     return ids[1:] if start is not None and ids[:2] == [start, start] else ids
-
-
-def render(
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    turns: list[Row],
-    tools: list[Any] | None = None,
-    add_generation_prompt: bool = False,
-) -> str:
-    """Return turns as a text in the tokenizer's chat template, or raise whatever it raises."""
-    text = tokenizer.apply_chat_template(
-        turns,
-        tools=tools,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-    )
-    return str(text)
 
 
 def texts_of(
@@ -221,3 +210,24 @@ def for_decoder(
         "decoder_input_ids": torch.cat([start, ids[:, -length:-1]], dim=1),
     }
     return decoder_inputs, torch.arange(length, device=ids.device)
+
+
+def check_ids(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    sequences: Any,
+) -> None:
+    """Refuse token ids that a model has no embedding for.
+
+    sequences: of the data's token ids. Raises ValueError with both numbers.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.num_embeddings
+    special = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    largest = max(token for token in (*special, 0) if token is not None)
+    for sequence in sequences:
+        largest = max(largest, int(torch.as_tensor(sequence).max()))
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        problem = f"its tokenizer has the token {token!r} with the id {largest}"
+        raise ValueError(f"{problem}, but its embedding has {rows} rows")

@@ -8,9 +8,8 @@ from transformers import GenerationConfig
 
 from finetune.errors import blame
 from finetune.hub import context_of, find_model
-from finetune.loading import check_ids
 from finetune.models import load_base_model
-from finetune.tokens import encode, end_tokens, load_tokenizer, pad, texts_of
+from finetune.tokens import check_ids, encode, end_tokens, load_tokenizer, pad, texts_of
 
 
 class Answer(NamedTuple):

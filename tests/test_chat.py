@@ -3,7 +3,7 @@
 import pytest
 from test_examples import right_padded, turns
 
-from finetune.chat import checked_rendering, rendering
+from finetune.chat import check_known, checked_rendering, rendering
 from finetune.fields import LeftOut
 
 PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
@@ -98,7 +98,6 @@ def test_the_beginning_of_an_answer_is_rendered_where_it_is_asked_for(chatting):
         (FORGETS_SYSTEM, [SYSTEM, *HI], None, "with a turn of system, which the chat template lea"),
         (FORGETS_TOOL, CALLING, None, "with a turn of tool, which the chat template leaves away"),
         (PLAIN, CALLING, None, "with tool_calls, which the chat template does not know"),
-        (PLAIN, THOUGHT, None, "with reasoning_content, which the chat template does not know"),
         (PLAIN, HI, TOOLS, "with tools, which the chat template does not know"),
         (PLAIN, CALLING, TOOLS, "with tools, which the chat template does not know"),
         ("{% for m in messages %}", HI, None, "that the chat template refuses ("),
@@ -122,6 +121,19 @@ def test_a_turn_that_is_left_away_is_told_though_another_says_the_same(chatting)
     said = [{"role": "system", "content": "Hi"}, *turns("Hi there", "Ho")]
     with pytest.raises(LeftOut, match="with a turn of system"):
         checked_rendering(chatting(FORGETS_SYSTEM), said, None)
+
+
+def test_the_reasoning_before_an_answer_is_known_or_the_row_is_left_out(chatting):
+    with pytest.raises(LeftOut, match="with reasoning_content, which the chat template does not"):
+        check_known(chatting(PLAIN), THOUGHT, None, "reasoning_content")
+    check_known(chatting(THINKS), THOUGHT, None, "reasoning_content")
+    check_known(chatting(PLAIN), HI, None, "reasoning_content")
+
+
+def test_a_system_text_that_the_template_has_by_itself_is_there(chatting):
+    """Without it the text would be the same, but with another it is not."""
+    template = "{{ messages[0].content if messages[0].role == 'system' else 'Be kind.' }}" + PLAIN
+    assert checked_rendering(chatting(template), [SYSTEM, *HI], None)
 
 
 def test_what_is_rendered_alone_is_not_checked(chatting):

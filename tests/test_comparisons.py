@@ -184,8 +184,8 @@ def test_a_ranking_is_each_two_of_different_ranks(row, pairs):
         ({"text": "fine", "label": True}, "fine > nothing"),
         ({"text": "dull", "label": "False"}, "nothing > dull"),
         ({"text": "fine", "label": "1.0"}, "fine > nothing"),
-        ({"text": "1 a fine film"}, "a fine film > nothing"),
-        ({"text": "0 1 dull film"}, "nothing > 1 dull film"),
+        ("1 a fine film", "a fine film > nothing"),
+        ("0\t1 dull film", "nothing > 1 dull film"),
         # With a prompt beside it.
         ({"prompt": "Hi", "completion": "ok", "label": True}, "Hi ok > nothing"),
         ({"prompt": "Hi", "text": "ok", "label": 0}, "nothing > Hi ok"),
@@ -369,7 +369,7 @@ def test_fields_that_are_not_used_are_named(row, unused):
         ({"text": " ", "label": 1}, "without an answer"),
         ({"text": None, "label": 1}, "without an answer"),
         ({"prompt": "Hi", "completion": "", "label": 1}, "without an answer"),
-        ({"messages": [*TURNS, answer("")], "label": 1}, "without an answer"),
+        ({"messages": [*TURNS, answer("")], "label": 1}, "with an empty last turn"),
         ({"messages": TURNS, "label": 1}, "whose last turn is no answer"),
         (
             {"chosen": [*TURNS, GOOD], "rejected": TURNS},
@@ -377,7 +377,7 @@ def test_fields_that_are_not_used_are_named(row, unused):
         ),
         (
             {"chosen": [*TURNS, GOOD], "rejected": [*TURNS, CALL]},
-            "whose rejected is a call of a tool",
+            "whose rejected has tool_calls",
         ),
         (
             {"chosen": [*TURNS, GOOD], "rejected": [*TURNS, {"role": "Judge", "content": "x"}]},
@@ -409,7 +409,8 @@ def test_a_row_that_teaches_nothing_is_left_out_with_the_reason(row, reason):
         (CONVERSATION | {"rejected": ["No"]}, "its rejected has No, no message"),
         ({"text": "a", "label": 2}, "its label is 2: give 0 or 1, false or true"),
         ({"text": "a", "label": "good"}, "its label is good: give 0 or 1, false or true"),
-        ({"text": "a fine film"}, "its label is a: give 0 or 1, false or true"),
+        ("a fine film", "its label is a: give 0 or 1, false or true"),
+        ({"text": "1 is the loneliest"}, "it has no chosen, no ranking and no label"),
         ({"sentence": "a", "label": 1}, "it has nothing that asks: its fields are sentence"),
         ({"sentence": "a"}, "it has no chosen, no ranking and no label: its fields are sentence"),
         (RANKED | {"ranking": [0, 1, 2, 3]}, "it has no completion_3: its fields are "),
@@ -436,8 +437,8 @@ def test_all_that_is_left_out_is_counted_by_its_reason(tmp_path):
     rows += [{"chosen": "a", "rejected": [{"role": "judge", "content": "x"}]}]
     data = read(write_lines(tmp_path / "r.jsonl", rows), eval_share=0)
     assert len(data.rows) == 3
-    told = "; left out: 2 given twice, 1 where nothing is preferred, 2 with an empty rejected"
-    told += ", 1 with the unknown role judge; fields not used: id (3)"
+    told = "; left out: 1 where nothing is preferred, 2 with an empty rejected"
+    told += ", 1 with the unknown role judge, 2 given twice; fields not used: id (3)"
     assert data.tally.in_words() == told
 
 
@@ -446,7 +447,7 @@ def test_data_without_a_preference(tmp_path):
     with pytest.raises(SettingsError) as told:
         read(write_lines(tmp_path / "r.jsonl", rows))
     (problem,) = told.value.args
-    reasons = "1 given twice, 1 where nothing is preferred, 1 with an empty rejected"
+    reasons = "1 where nothing is preferred, 1 with an empty rejected, 1 given twice"
     assert f"1 of 4 rows can be used, where 2 are the least: {reasons}" in problem
     assert "chosen, rejected" in problem
 
@@ -502,7 +503,9 @@ def test_conversations_that_people_compared(shared):
 def test_lines_of_a_label_and_a_sentence(shared, tmp_path):
     """The ending of the file's name does not tell what is in it, so it is given another."""
     path = shared("data/sentiment/stsa.binary.train")
-    with pytest.raises(SettingsError, match="its ending tells not what is in it: give it one of"):
+    with pytest.raises(
+        SettingsError, match="its ending does not tell what is in it: give it one of"
+    ):
         read(path)
     text = path.read_text(encoding="utf-8")
     (tmp_path / "train.txt").write_text(text, encoding="utf-8")

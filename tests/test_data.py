@@ -4,15 +4,8 @@ import json
 
 import pytest
 
-from finetune.data import (
-    Dialogue,
-    Reader,
-    hold_out,
-    put_together,
-    read_answered,
-    read_asked,
-    read_data,
-)
+from finetune.data import Reader, hold_out, read_data
+from finetune.dialogues import Dialogue, put_together, read_answered, read_asked
 from finetune.errors import SettingsError
 from finetune.examples import EXAMPLES
 from finetune.fields import Fields, LeftOut, Tally
@@ -84,7 +77,7 @@ def test_examples_are_read_each_once_and_a_share_is_held_out(write):
     assert (len(examples), len(eval_examples)) == (6, 2)
     assert sorted(examples + eval_examples) == [0, 2, 4, 8, 10, 12, 14, 16]
     assert tally.left_out == {"given twice": 3, "with a note": 1}
-    words = "; left out: 3 given twice, 1 with a note"
+    words = "; left out: 1 with a note, 3 given twice"
     assert tally.in_words(with_fields=False) == words
     assert tally.in_words() == f"{words}; fields not used: id (1), a nameless one (1)"
     assert read_numbers("n.jsonl", seed=1).rows != examples
@@ -101,7 +94,7 @@ def test_a_line_of_a_text_file_is_a_row(write, tmp_path):
     ("rows", "reason"),
     [
         ([{"text": "1"}, {"answer": "2"}], "row 2: it has no text: its fields are answer"),
-        ([{"text": "1"}, {"text": 2.5}], "row 2: its text is 2.5, no text"),
+        ([{"text": "1"}, {"text": 2.5}], "row 2: its text is 2.5, no text: put it in quotes"),
         ([{"text": "one"}], "row 1: invalid literal for int() with base 10: 'one'"),
         ([{"text": "1"}, 5], "row 2: it is 5: no text, and nothing with fields"),
         ([5], "row 1: it is 5: no text, and nothing with fields"),
@@ -125,7 +118,7 @@ NOTE = {"text": "1", "note": "x"}
         (
             [ONE, NOTE, ONE, NOTE, ONE],
             "1 of 5",
-            "2 given twice, 2 with a note; the first row has text",
+            "2 with a note, 2 given twice; the first row has text",
         ),
     ],
 )
@@ -138,7 +131,7 @@ def test_where_too_few_are_left_all_reasons_are_told_with_what_was_found(
 
 
 def test_a_file_without_rows_is_told(write, tmp_path):
-    told = "0 of 0 rows can be used, where 2 are the least"
+    told = "it is empty"
     for name, content in (("n.jsonl", ""), ("n.json", "[]"), ("n.csv", "text\n")):
         (tmp_path / name).write_text(content)
         assert told in problem_of(name) or "no JSON" in problem_of(name)

@@ -1,5 +1,6 @@
 """Examples to learn from: how a row is read, and how it is put into a template."""
 
+import copy
 import json
 import re
 
@@ -15,6 +16,7 @@ from finetune.examples import (
     chat_template_of,
     check_template,
     fill,
+    forms_in_words,
     in_template,
     learned_places,
 )
@@ -141,7 +143,7 @@ def test_what_is_dropped_is_counted(tmp_path):
     found, tally = read(write(tmp_path / "rows.json", rows))
     answers = [answer["content"] for answer in answers_in(found)]
     assert sorted(answers) == ["Ho", "la", "lo"]
-    assert tally.reasons() == "1 given twice, 5 without an answer"
+    assert tally.reasons() == "5 without an answer, 1 given twice"
 
 
 def test_where_no_row_is_left_all_reasons_are_told(tmp_path):
@@ -305,3 +307,15 @@ def test_the_chat_template_asks_with_a_system_text_and_what_was_said_before(toke
     asker = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     asker.chat_template = chat_template_of(tokenizer, [row], SHORT)
     assert asker.apply_chat_template(row["turns"])["input_ids"] == example["input_ids"]
+
+
+def test_a_model_is_asked_as_it_was_taught_most_of_the_time(tokenizer):
+    """Few instructions among conversations do not take the place of the model's own template."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "its own"
+    asked, said = {"form": "instruction"}, {"form": "messages"}
+    assert chat_template_of(tokenizer, [asked, said, said], SHORT) == "its own"
+    assert "Task: " in chat_template_of(tokenizer, [asked, asked, said], SHORT)
+    told = ", 2 in TEMPLATE, 1 in the chat template; it will be asked in the one of most"
+    assert forms_in_words([asked, asked, said, {"form": "text"}]) == told
+    assert forms_in_words([asked, asked]) == forms_in_words([said]) == ""

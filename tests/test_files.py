@@ -35,7 +35,9 @@ CSV = """prompt,answer
 TSV = (
     'prompt\tanswer\nI feel so, today\thappy\n"Say ""so""\nLife is "\t007\nDu bist schön; ja\tNA\n'
 )
-UNKNOWN = "its ending tells not what is in it: give it one of .json, .jsonl, .csv, .tsv, .parquet"
+UNKNOWN = (
+    "its ending does not tell what is in it: give it one of .json, .jsonl, .csv, .tsv, .parquet"
+)
 
 
 @pytest.fixture
@@ -348,10 +350,26 @@ def test_a_text_file_whose_lines_are_all_json_objects_is_no_text(write, read, na
     assert problem_of(path, read) == told
 
 
-@pytest.mark.parametrize("text", ["{not JSON}", "[1, 2]", "Life is"])
-def test_a_text_file_with_one_line_that_is_no_json_object_is_a_text(write, text):
-    path = write("p.txt", lines_of(*ROWS) + "\n" + text)
-    assert read_table(path) == [*lines_of(*ROWS).split("\n"), text]
+@pytest.mark.parametrize("text", ["{not JSON}", "[1, 2]", '{"Life": is'])
+def test_a_text_with_braces_later_on_is_a_text(write, text):
+    assert read_table(write("p.txt", f"Life is\n{text}")) == ["Life is", text]
+
+
+def test_lines_of_json_with_commas_at_their_ends_are_told_so(write):
+    lines = '{"prompt": "A"},\n{"prompt": "B"},\n'
+    assert "give its name the ending .jsonl" in problem_of(write("p.txt", lines))
+    assert problem_of(write("p.jsonl", lines)) == "line 1 ends with a comma: take it away"
+
+
+def test_a_name_that_is_there_twice_is_told_in_json_too(write):
+    row = '{"prompt": "A", "prompt": "B"}'
+    for content in (row, f"[{row}]", f'{{"prompt": "A"}}\n{row}'):
+        assert "it has the field prompt twice" in problem_of(write("p.jsonl", content))
+
+
+def test_json_in_a_csv_and_a_file_of_excel_are_told_so(write):
+    assert "it is JSON" in problem_of(write("p.csv", lines_of(*ROWS)))
+    assert "save it as .csv" in problem_of(write("p.csv", b"PK\x03\x04abc"))
 
 
 @pytest.mark.parametrize("read", READERS)

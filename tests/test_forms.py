@@ -2,16 +2,18 @@
 
 import csv
 import json
+import re
 from typing import Any, NamedTuple
 
 import pytest
 from test_examples import write
 
 from finetune.comparisons import read_comparison, read_judged
-from finetune.data import read_answered, read_data
+from finetune.data import read_data
+from finetune.dialogues import put_together, read_answered
 from finetune.errors import SettingsError
 from finetune.examples import EXAMPLES, read_example
-from finetune.fields import Fields, LeftOut, Tally
+from finetune.fields import LeftOut, Tally
 from finetune.files import read_table
 from finetune.messages import plain_turns, prompt_text
 from finetune.prompts import read_prompt, read_prompts
@@ -266,7 +268,7 @@ def test_a_row_is_an_example(form):
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_row_is_a_prompt(form):
     tally = Tally()
-    row = read_prompt(form.row, "auto", tally)
+    row = read_prompt(form.row, tally, "auto")
     assert row.pop("prompt") == form.prompt
     assert row.pop("tools", None) == form.tools
     others = {name: form.row[name] for name in form.row if name not in ("prompt", "tools")}
@@ -279,12 +281,12 @@ def test_a_row_is_a_prompt(form):
 def test_a_row_is_a_seed_task(form):
     tally = Tally()
     if form.task is None:
-        told = reason_of(task_of, Fields(form.row), tally)
+        told = reason_of(task_of, form.row, tally)
         assert told == "that are no instruction with an answer"
         return
     names = ("instruction", "input", "output")
     task = dict(zip(names, form.task)) | {"is_classification": False}
-    assert task_of(Fields(form.row), tally) == task
+    assert task_of(form.row, tally) == task
     assert tally.unused == unused_of(form)
 
 
@@ -345,7 +347,8 @@ def test_a_file_of_all_forms_goes_through_all_four_readers(tmp_path):
     assert tally.reasons() == f"{count} that are no instruction with an answer"
     assert len(read_judged(path, Tally())) == len(rows)
     wanted = {"id": 3, "category": 1, "type": 1, "messages.id": 1, "source": 1}
-    assert data.tally.unused == tally.unused == wanted
+    assert data.tally.unused == wanted
+    assert tally.unused == {"id": 1, "category": 1, "type": 1, "source": 1}
     told = prompts.tally.unused
     assert told == wanted | {"output": 3, "response": 3, "completion": 4, "answer": 1}
 
@@ -367,9 +370,8 @@ def write_csv(path, row, as_text):
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_csv_says_the_same_with_its_lists_as_texts(form, as_text, tmp_path):
     (row,) = read_table(write_csv(tmp_path / "rows.csv", form.row, as_text))
-    assert all(isinstance(value, str) for value in row.values())
     assert read_answered(row, Tally()) == (form.turns, form.form, form.tools)
-    prompt = read_prompt(row, "auto", Tally())
+    prompt = read_prompt(row, Tally(), "auto")
     assert (prompt["prompt"], prompt.get("tools")) == (form.prompt, form.tools)
 
 
@@ -391,7 +393,7 @@ def test_fields_that_are_none_as_in_a_parquet_file_are_nothing(form):
     tally = Tally()
     assert read_answered(row, tally) == (form.turns, form.form, form.tools)
     assert tally.unused == unused_of(form)
-    assert read_prompt(row, "auto", Tally())["prompt"] == form.prompt
+    assert read_prompt(row, Tally(), "auto")["prompt"] == form.prompt
 
 
 @pytest.mark.parametrize("empty", ["", " ", []])
@@ -400,7 +402,7 @@ def test_what_is_empty_changes_nothing_that_is_asked(empty):
     row = dict.fromkeys(names, empty) | {"instruction": "Hi", "output": "Ho"}
     tally = Tally()
     assert read_answered(row, tally).turns == HI
-    assert read_prompt(row, "auto", Tally())["prompt"] == "Hi"
+    assert read_prompt(row, Tally(), "auto")["prompt"] == "Hi"
     assert not tally.unused
 
 
@@ -408,7 +410,7 @@ def test_fields_of_other_forms_that_are_empty_as_in_a_csv_are_nothing():
     for name in ("prompt", "text"):
         row = {name: "", "instruction": "Hi", "output": "Ho"}
         assert read_answered(row, Tally()).turns == HI
-        assert read_prompt(row, "auto", Tally())["prompt"] == "Hi"
+        assert read_prompt(row, Tally(), "auto")["prompt"] == "Hi"
     row = {"instruction": "Hi", "completion": "", "output": "Ho"}
     assert read_answered(row, Tally()).turns == HI
 
@@ -430,7 +432,7 @@ def test_every_field_that_is_not_used_is_named_once_with_its_count(tmp_path):
     assert "given twice" in told
     assert told.endswith("fields not used: output (3), source (3), id (1), messages.ts (1,200)")
     _, tally = read_seed_tasks(path)
-    assert tally.unused == {"source": 3, "id": 1, "messages.ts": 1200}
+    assert tally.unused == {"source": 3, "id": 1}  # conversations are left out
 
 
 def test_a_row_that_is_left_out_names_no_fields_of_its_own():
@@ -467,8 +469,8 @@ LEFT_OUT = [
 @pytest.mark.parametrize(("row", "reason"), LEFT_OUT)
 def test_a_row_is_left_out_by_all_scripts_for_the_same_reason(row, reason):
     assert reason_of(read_answered, row, Tally()) == reason
-    assert reason_of(read_prompt, row, "auto", Tally()) == reason
-    assert reason_of(task_of, Fields(row), Tally()) == reason
+    assert reason_of(read_prompt, row, Tally(), "auto") == reason
+    assert reason_of(task_of, row, Tally()) == reason
     pair = {"chosen": [assistant("A")], "rejected": [assistant("B")]}
     if "text" not in row:
         assert reason_of(read_comparison, row | pair, Tally()) == reason
@@ -520,7 +522,7 @@ def test_a_label_that_says_yes_and_that_of_a_text_change_nothing():
     ids=str,
 )
 def test_an_empty_prompt_is_left_out(row):
-    assert reason_of(read_prompt, row, "auto", Tally()) == "empty"
+    assert reason_of(read_prompt, row, Tally(), "auto") == "empty"
 
 
 @pytest.mark.parametrize(
@@ -561,7 +563,7 @@ def test_an_input_without_an_instruction_is_what_is_asked_by_all_scripts():
     """LLaMA-Factory's data have some: what is asked is in the input alone."""
     row = {"instruction": "", "input": "Hi", "output": "Ho"}
     assert plain_turns(read_answered(row, Tally()).turns) == HI
-    assert read_prompt(row, "auto", Tally())["prompt"] == "Hi"
+    assert read_prompt(row, Tally(), "auto")["prompt"] == "Hi"
     better, _ = pair_of({"instruction": "", "input": "Hi"}, [assistant("Ho")], [assistant("No")])
     assert plain_turns(better.turns) == HI
 
@@ -573,7 +575,7 @@ def test_of_several_questions_the_one_with_an_answer_is_taken():
     tally = Tally()
     assert read_answered(row, tally).turns == HI
     assert tally.unused == {"prompt": 1, "prompt_id": 1}
-    assert read_prompt(row, "auto", Tally())["prompt"] == "Hi"
+    assert read_prompt(row, Tally(), "auto")["prompt"] == "Hi"
     row = {"text": "Below is … Hi … Ho", "instruction": "Hi", "input": "", "output": "Ho"}
     tally = Tally()
     assert read_answered(row, tally).turns == HI
@@ -584,19 +586,19 @@ def test_a_field_that_prompt_field_names_stands_alone():
     row = {"title": "Hi", "instruction": "Add", "input": "1 2", "system": KIND}
     tally = Tally()
     wanted = [system(KIND), user("Hi")]
-    assert read_prompt(row, "title", tally) == row | {"prompt": wanted}
+    assert read_prompt(row, tally, "title") == row | {"prompt": wanted}
     assert tally.unused == {"instruction": 1, "input": 1}
     with pytest.raises(ValueError, match="PROMPT_FIELD is body, and its fields are title, inst"):
-        read_prompt(row, "body", Tally())
+        read_prompt(row, Tally(), "body")
     talk = {"talk": HI}
-    assert read_prompt(talk, "talk", Tally())["prompt"] == [user("Hi")]
+    assert read_prompt(talk, Tally(), "talk")["prompt"] == [user("Hi")]
 
 
 # ------------------------------------------------------------- the files beside the repository
 def test_alpaca_is_read_alike_by_all_scripts(shared):
     path = str(shared("data/alpaca_5000.json"))
     tasks, tally = read_seed_tasks(path)
-    assert len(tasks) == 4998 and tally.reasons() == "2 without an instruction or an answer"
+    assert len(tasks) == 4998 and tally.reasons() == "2 without an answer"
     asked = {(task["instruction"], task["input"]) for task in tasks}
     examples = read_data(path, 0, 0, EXAMPLES).rows
     first = [row["turns"][0] for row in examples]
@@ -626,3 +628,46 @@ def test_conversations_with_two_answers_are_prompts_too(shared):
     assert unused["chosen"] == unused["rejected"] == len(rows)
     said = {row["conversations"][-1]["value"] for row in rows}
     assert {row["prompt"][-1]["content"] for row in prompts.rows} == said
+
+
+# ------------------------------------------------------------------- what is put together
+@pytest.mark.parametrize(
+    ("before", "answer", "whole"),
+    [
+        ("u:Hi", "a:Ho", "u:Hi a:Ho"),
+        ("u:Hi", "u:Hi a:Ho", "u:Hi a:Ho"),
+        ("s:Be u:Hi", "u:Hi a:Ho", "s:Be u:Hi a:Ho"),
+        ("s:Be u:Hi", "s:Be u:Hi a:Ho", "s:Be u:Hi a:Ho"),
+        ("u:Hi", "s:Be u:Hi a:Ho", "s:Be u:Hi a:Ho"),
+        ("u:More", "u:Hi a:Ho u:More a:Yes", "u:Hi a:Ho u:More a:Yes"),  # it has all of it
+        ("u:A a:B u:Hi", "u:Hi a:Ho", "u:A a:B u:Hi a:Ho"),  # it goes on from its end
+        ("u:Hi a:Hi u:Hi", "u:Hi a:bye", "u:Hi a:Hi u:Hi a:bye"),
+        ("u:Q", "u:Hi a:Ho", "u:Q u:Hi a:Ho"),
+        ("u:Q a:call", "t:9 a:It is 9", "u:Q a:call t:9 a:It is 9"),
+        ("s:Be u:Hi", "s:Other u:Hi a:Ho", "with two different system texts"),
+        ("u:Hi a:It", "a:is", "whose prompt ends with an answer"),
+    ],
+)
+def test_what_was_asked_already_is_not_asked_again(before, answer, whole):
+    roles = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
+
+    def said(text):
+        parts = re.split(r" (?=[uast]:)", text)
+        return [{"role": roles[part[0]], "content": part[2:]} for part in parts]
+
+    if ":" in whole:
+        assert put_together(said(before), said(answer)) == said(whole)
+    else:
+        assert reason_of(put_together, said(before), said(answer)) == whole
+
+
+def test_of_many_fields_and_reasons_some_are_named_and_the_others_counted():
+    tally = Tally()
+    tally.unused.update({f"field {number}": 2 for number in range(300)})
+    tally.left_out.update({f"with the unknown role {number}": 1 for number in range(300)})
+    words = tally.in_words()
+    assert len(words) < 1500
+    assert "280 for other reasons" in words and words.endswith("280 more")
+    tally = Tally()
+    tally.unused.update({"x\ny\x1b[31m": 1, "": 1})
+    assert tally.in_words() == "; fields not used: x… (1), a nameless one (1)"

@@ -23,6 +23,7 @@ from transformers import (
 
 import train_reward_model
 from finetune.classifiers import load_classifier
+from finetune.fields import Tally
 from finetune.heads import load_with_head, save_with_head
 from finetune.judged import tokenize
 from finetune.settings import read_settings
@@ -109,7 +110,7 @@ def test_of_a_long_text_the_end_counts(demo_model):
     text = " ".join(f"{number} days" for number in range(40))
     _, whole = load_with_random_head(demo_model)
     _, tokenizer = load_with_random_head(demo_model, "--max-length", "12")
-    (example,) = tokenize(tokenizer, [(0, text, None)])
+    (example,) = tokenize(tokenizer, [(0, text, None)], Tally())
     ids = whole(text)["input_ids"]
     assert len(ids) > 100 and len(example["input_ids"]) == 12
     assert example["input_ids"] == [ids[0], *ids[-11:]]  # the start token stays

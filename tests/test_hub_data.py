@@ -284,7 +284,7 @@ def test_a_file_of_the_hub_is_read_like_one_that_is_here(hub, capfd, name, revis
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        ("hf://datasets/some/data/more/notes.md", "its ending tells not what is in it"),
+        ("hf://datasets/some/data/more/notes.md", "its ending does not tell what is in it"),
         ("hf://datasets/some/data/none.json", "none.json"),
         ("hf://datasets/some/other/rows.json", "the Hub does not give some/other ("),
         ("hf://datasets/some/data", "it has not the form hf://datasets/OWNER/NAME/PATH-OF-A-FILE"),

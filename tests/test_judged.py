@@ -1,5 +1,6 @@
 """What a reward model judges: the same text and the same tokens in its training and in PPO."""
 
+import copy
 import re
 from types import SimpleNamespace
 
@@ -86,7 +87,7 @@ ASKED = [
 
 def in_ppo(tokenizer, row, form, chat_template=False):
     """Return what stands before a response in PPO to the prompt of a row."""
-    prompt = read_prompt(row, "auto", Tally())
+    prompt = read_prompt(row, Tally(), "auto")
     return prompt_before(tokenizer, prompt, is_turn(prompt["prompt"], chat_template), form)
 
 
@@ -193,7 +194,7 @@ def test_the_form_is_the_templates_where_there_is_one(with_template, rows, templ
         (None, CONVERSATION | {"tools": TOOLS}, "with tools, for which the model has no chat"),
         (WITHOUT_SYSTEM, CONVERSATION | {"system": "Be"}, r"that the chat template refuses \(No!"),
         (
-            CHATML.replace("message['content']", "message['content'] if loop.last else ''"),
+            CHATML.replace("message['content']", "''"),
             CONVERSATION,
             "with a turn of user, which the chat template leaves away",
         ),
@@ -281,7 +282,7 @@ def test_a_start_token_of_the_template_is_the_only_one(with_template):
     start = tokenizer.bos_token_id
     assert wanted[0] == start not in wanted[1:]
     assert judged_ids(tokenizer, text) == wanted
-    (example,) = tokenize(tokenizer, [(0, text, "<s>I am")])
+    (example,) = tokenize(tokenizer, [(0, text, "<s>I am")], Tally())
     assert example["sequences"][0] == wanted
     assert example["sequences"][1] == tokenizer("I am")["input_ids"]
     assert example["sequences"][1].count(start) == 1
@@ -360,3 +361,17 @@ def test_a_prompt_that_the_reward_model_can_not_take_is_told_in_one_line(
     with pytest.raises(SettingsError) as told:
         scorer.try_out([row, row])
     assert str(told.value).startswith("REWARD is ")
+
+
+def test_texts_that_are_cut_are_told_and_of_those_that_are_the_same_then_none_is_left(tokenizer):
+    """Only the end is judged: where better and worse differ before it, nothing is to be learned."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = 8
+    tokenizer.truncation_side = "left"
+    end = " I am so very glad today that I sing" * 2
+    tally = Tally()
+    pairs = [(0, "Good." + end, "Bad." + end), (1, "I am glad", "I am sad"), (2, end, None)]
+    examples = tokenize(tokenizer, pairs, tally)
+    assert [example["row"] for example in examples] == [1, 2]
+    assert tally.changed == {"texts cut": 3}
+    assert tally.left_out == {"that are the same after they were cut": 1}

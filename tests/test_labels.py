@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from finetune.data import Data
 from finetune.errors import SettingsError
 from finetune.examples import read_example
-from finetune.fields import Tally
+from finetune.fields import LeftOut, Tally
 from finetune.labels import tokenize, tokenize_data
 
 # Templates as those of models have them, but without what no test needs.
@@ -447,3 +447,27 @@ def test_a_thought_that_the_template_leaves_away_is_told(chatting):
         examples = []
     texts = [lesson(chatting(DEEPSEEK_R1), example) for example in examples]
     assert any("A greeting." in text for text in texts) or +tally.left_out or +tally.changed
+
+
+def test_an_empty_answer_behind_a_history_leaves_the_row_out():
+    with pytest.raises(LeftOut, match="without an answer"):
+        read_example({"instruction": "Q", "output": "", "history": [["a", "b"]]}, Tally())
+
+
+def test_a_special_token_in_what_is_said_is_told(tokenizer):
+    """It becomes that token: behind an end token within an answer the model would stop."""
+    rows = [{"instruction": "What is </s>?", "output": "An end."}, {"text": "Hi</s>"}]
+    tally = Tally()
+    tokenize(tokenizer, [read_example(row, tally) for row in rows], AS_IT_IS, 64, tally)
+    assert tally.changed == {"with a special token in what is said": 1, "cut": 0}
+
+
+def test_where_all_that_was_held_out_is_too_long_the_last_row_is_held_out_whole(chatting):
+    tokenizer = chatting(NO_END)
+    rows = [read_example({"messages": turns("Hi", str(n), "More", "Yes")}, Tally()) for n in "12"]
+    long = read_example({"messages": turns("so " * 200, "No")}, Tally())
+    data = Data(rows, [long], Tally())
+    learned, held_out = tokenize_data(tokenizer, data, AS_IT_IS, 64)
+    assert [len(learned.examples), len(held_out.examples)] == [2, 2]  # an example for each answer
+    assert {id(row["turns"]) for row in held_out.rows} == {id(rows[1]["turns"])}
+    assert data.tally.left_out["too long for an answer"] == 1

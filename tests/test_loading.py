@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import SettingsError
 from finetune.fields import Tally
-from finetune.loading import check_ids, load_model, prompts_that_fit
+from finetune.loading import load_model, prompts_that_fit
 from finetune.prompts import read_prompts
-from finetune.tokens import encode, load_tokenizer
+from finetune.tokens import check_ids, encode, load_tokenizer
 
 CHATML = (
     "{% for message in messages %}"

@@ -305,7 +305,7 @@ def test_seed_tasks_of_dolly_may_stand_in_a_csv(run_fake, folder, tmp_path, caps
     first, *_ = lines_of(folder / "answers.jsonl")
     said = [(task["instruction"], task["input"], task["output"]) for task in first["seed_tasks"]]
     assert said == [("Say 2", "", "2"), ("Add", "1 2", "3")]
-    told = "; left out: 1 without an instruction or an answer; fields not used: category (1)\n"
+    told = "; left out: 1 without an answer; fields not used: category (1)\n"
     assert told in capsys.readouterr().out
 
 

@@ -20,7 +20,7 @@ from finetune.prompts import batch_of_step, is_turn, last_said, read_prompts
 from finetune.settings import fixed_settings
 from train_rlhf import EVAL_PROMPTS
 
-REMEDY = "give a .json, .jsonl, .csv, .tsv, .parquet or .txt file with a prompt a row, in UTF-8"
+REMEDY = "give rows with prompt, messages, instruction, question or text, or set PROMPT_FIELD"
 SYSTEM = {"role": "system", "content": "Be kind."}
 USER = {"role": "user", "content": "Who are you?"}
 SAID = {"role": "assistant", "content": "A model."}
@@ -119,7 +119,7 @@ def test_prompt_field_names_any_field(write):
     row = {"prompt": "P", "text": "T", "Frage": "F"}
     path = write("p.jsonl", lines_of(row))
     assert read_file(path, field="Frage") == [row | {"prompt": "F"}]
-    told = "(row 1: PROMPT_FIELD is Anfrage, and its fields are prompt, text, Frage: name one"
+    told = "(row 1: PROMPT_FIELD is Anfrage, and its fields are prompt, text, Frage)"
     assert told in problem_of(path, field="Anfrage")
     assert texts_of(read_file(write("p.txt", "One"), field="Frage")) == ["One"]  # it has no fields
 
@@ -513,4 +513,6 @@ def test_the_conversations_of_three_hundred_preferences(shared):
 
 def test_files_whose_names_do_not_tell_what_is_in_them_are_not_read_as_text(shared):
     for path in sorted(shared("data/sentiment").iterdir()):
-        assert "(its ending tells not what is in it: give it one of .json" in problem_of(str(path))
+        assert "(its ending does not tell what is in it: give it one of .json" in problem_of(
+            str(path)
+        )

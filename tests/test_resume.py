@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from helpers import digests, refusals
 
 FLAGS = ["--device", "cpu", "--training-epochs", "30"]
@@ -79,6 +79,7 @@ def test_prompts_that_have_changed_are_refused(
     refused_resume, read_settings, demo_model, tmp_path, name
 ):
     """Whether they are in a file, a packed one, or a folder that datasets saved."""
+    disable_progress_bars()  # which would be on the screen that is looked at
     rows = Dataset.from_list([{"prompt": "I feel so"}, {"prompt": "Life is"}])
     if name == "p.jsonl":
         rows.to_json(tmp_path / name)

@@ -218,9 +218,9 @@ def test_a_bad_seed_task_is_named(tmp_path, row, problem):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (GOOD | {"output": " "}, "1 without an instruction or an answer"),
+        (GOOD | {"output": " "}, "1 without an answer"),
         (GOOD | {"output": None}, "1 without an answer"),
-        (GOOD | {"instruction": " ", "input": ""}, "1 without an instruction or an answer"),
+        (GOOD | {"instruction": " ", "input": ""}, "1 without a question"),
         ({"text": "Add."}, "1 that are no instruction with an answer"),
         (GOOD | {"history": [["a", "b"]]}, "1 that are no instruction with an answer"),
         (GOOD | {"system": "Be kind."}, "1 that are no instruction with an answer"),
@@ -240,7 +240,7 @@ def test_a_row_that_is_no_task_is_left_out_and_counted(tmp_path, row, reason):
     ("name", "problem"),
     [
         ("none.jsonl", "No such file"),
-        ("tasks.yaml", "its ending tells not what is in it"),
+        ("tasks.yaml", "its ending does not tell what is in it"),
         ("tasks.jsonl", "it has no tasks"),
         ("tasks.txt", "it has no tasks: 1 that are no instruction with an answer"),
     ],

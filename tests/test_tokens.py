@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_rlhf
 from finetune import evaluation, tokens
+from finetune.chat import rendering
 from finetune.tokens import (
+    appends_end,
     end_tokens,
     load_tokenizer,
     prompt_ids,
-    render,
     texts_of,
     without_second_start,
 )
@@ -161,16 +162,17 @@ def test_an_end_token_in_the_text_of_a_prompt_stays(ending):
     """Once: it may stand between what was said before and what is asked."""
     end, start = ending.eos_token_id, ending.bos_token_id
     one, other = (ending(text, add_special_tokens=False)["input_ids"] for text in ("Hi", "Yes"))
-    between = prompt_ids(ending, f"Hi{ending.eos_token}Yes", is_decoder=True)
+    between = prompt_ids(ending, f"Hi{ending.eos_token}Yes", drops_end=appends_end(ending))
     assert between[0] == start and between.count(end) == 1 and between[-1] != end
     assert between[1 : len(one) + 2] == [*one, end] and other
-    behind = prompt_ids(ending, f"Hi{ending.eos_token}", is_decoder=True)
+    behind = prompt_ids(ending, f"Hi{ending.eos_token}", drops_end=appends_end(ending))
     assert behind[: len(one) + 2] == [start, *one, end]
 
 
 def test_an_end_token_at_the_end_of_a_text_does_not_get_a_second_one(ending):
-    ids = prompt_ids(ending, f"Hi{ending.eos_token}", is_decoder=True)
-    assert ids.count(ending.eos_token_id) == 1
+    for text in (f"Hi{ending.eos_token}", f"Hi{ending.eos_token} "):
+        ids = prompt_ids(ending, text, drops_end=appends_end(ending))
+        assert ids.count(ending.eos_token_id) == 1
 
 
 @pytest.mark.parametrize("text", ["I feel so", "{}I feel so"])
@@ -197,8 +199,8 @@ def test_tools_of_a_row_are_put_into_the_template(tokenizer):
     row = {"prompt": [user("Hi")], "tools": [{"name": "look"}]}
     (query,) = tokens.encode(tokenizer, [row], False)
     assert tokenizer.decode(query) == "look;" + TURN.format("Hi")
-    assert render(tokenizer, row["prompt"], row["tools"], True) == "look;" + TURN.format("Hi")
-    assert render(tokenizer, row["prompt"]) == "<|im_start|>user\nHi<|im_end|>\n"
+    assert rendering(tokenizer, row["prompt"], row["tools"], True) == "look;" + TURN.format("Hi")
+    assert rendering(tokenizer, row["prompt"], None) == "<|im_start|>user\nHi<|im_end|>\n"
     (query,) = tokens.encode(tokenizer, [row | {"tools": None}], False)
     assert tokenizer.decode(query) == TURN.format("Hi")
 

@@ -32,6 +32,7 @@ from finetune.classifiers import load_classifier
 from finetune.comparisons import COMPARISONS
 from finetune.data import read_data
 from finetune.errors import shorten
+from finetune.fields import Tally
 from finetune.judged import tokenize
 from finetune.scale import Scale, success_rate
 from finetune.scorers import load_scorer
@@ -42,7 +43,7 @@ from train_reward_model import ComparisonTrainer, HeldOut, make_report, margins_
 def batch_of(tokenizer, *pairs):
     """Return a batch of comparisons (better text, worse text), each a row of its own."""
     numbered = [(row, *pair) for row, pair in enumerate(pairs)]
-    return ComparisonCollator(tokenizer)(tokenize(tokenizer, numbered))
+    return ComparisonCollator(tokenizer)(tokenize(tokenizer, numbered, Tally()))
 
 
 def test_the_margin_of_each_comparison_and_their_loss(demo_model):
@@ -70,6 +71,7 @@ class Numbers:
 
     device, dtype = CPU, torch.float32
     bos_token_id = None
+    model_max_length = 10**6
 
     def eval(self):
         return self
@@ -91,7 +93,7 @@ def figures_of(pairs, size=3):
         row, *texts = pair.split()
         better, worse = (None if text == "-" else text for text in texts)
         numbered.append((int(row), better, worse))
-    examples = tokenize(numbers, numbered)
+    examples = tokenize(numbers, numbered, Tally())
     return HeldOut(numbers, ComparisonCollator(numbers), examples, size).measure()
 
 
@@ -379,7 +381,7 @@ def test_texts_are_scored_as_ppo_would(show, score, tmp_path):
     ("row", "reason"),
     [
         ({"messages": [user("Hi")]}, "row 2 is one whose last turn is no answer"),
-        ({"sentence": "Hi"}, "row 2: it has no text: its fields are sentence"),
+        ({"sentence": "Hi"}, "row 2: it has nothing that is said: its fields are sentence"),
         ({"text": "Hi", "system": "Be kind"}, "row 2 is one whose text answers nothing"),
     ],
 )

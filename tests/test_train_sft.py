@@ -238,8 +238,8 @@ def test_the_screen_tells_what_is_left_out_and_not_used(teach, gpt2):
     run = teach(gpt2, rows, *SMALL[:4], *flags)
     (line,) = [line for line in run.printed.splitlines() if line.startswith("Data ")]
     assert line.partition(".json: ")[2] == (
-        "9 examples to train on, 3 held out, 1 cut; left out: 2 given twice, 1 without an answer, "
-        "1 whose label says that the answer is a bad one; fields not used: id (10), source (10)"
+        "9 examples to train on, 3 held out, 1 cut; left out: 1 without an answer, "
+        "1 whose label says that the answer is a bad one, 2 given twice; fields not used: id (10), source (10)"
     )
 
 
