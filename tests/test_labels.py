@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from test_examples import AS_IT_IS, learned, right_padded, row_of, tokens_of, turns
+from test_examples import AS_IT_IS, right_padded, row_of, tokens_of, turns
 from tokenizers.processors import TemplateProcessing
 
 from finetune.data import Data
@@ -76,6 +76,18 @@ def talk(*texts, system=None, tools=None):
     before = [{"role": "system", "content": system}] if system else []
     said = turns(*texts)
     return row_of([*before, *said[:1]], said[1:], tools)
+
+
+def learned(example):
+    """Return the learned tokens of an example, in pieces without a gap."""
+    pieces, before = [], False
+    for token, label in zip(example["input_ids"], example["labels"]):
+        assert label in (token, -100)
+        if label != -100:
+            pieces = pieces if before else [*pieces, []]
+            pieces[-1].append(label)
+        before = label != -100
+    return pieces
 
 
 def lesson(tokenizer, example):
