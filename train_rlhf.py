@@ -32,7 +32,6 @@ advantages, losses, step. What is not PPO is in the folder finetune/ beside this
 
 import inspect
 import math
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -185,6 +184,7 @@ from finetune.sampling import sample_responses
 from finetune.scale import Scale
 from finetune.scorers import Scorer
 from finetune.tokens import encode, for_decoder, pad_batch, texts_of
+from finetune.words import has_word
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 
@@ -479,14 +479,10 @@ def positive_word_reward(
     TRL's reward functions for GRPO; yours in another file has it too.
     """
     words = POSITIVE_WORDS if positive_words is None else positive_words
-    alternatives = "|".join(re.escape(word.strip()) for word in words)
-    whole_word = re.compile(rf"(?<!\w)({alternatives})(?!\w)", re.IGNORECASE)
     scores = []
     for prompt, completion in zip(prompts, completions):
-        # Only ASCII letters, for other scripts may have no spaces between words.
-        if prompt[-1].isalnum():
-            completion = re.sub(r"^\w+", "", completion, flags=re.ASCII)
-        scores.append(1.0 if whole_word.search(completion) else -1.0)
+        is_positive = has_word(completion, words, before=prompt)
+        scores.append(1.0 if is_positive else -1.0)
     return scores
 
 

@@ -16,6 +16,7 @@ import numpy
 from rouge_score.rouge_scorer import RougeScorer
 
 from finetune.files import Row
+from finetune.words import has_word
 
 if TYPE_CHECKING:
     from finetune.writer import Writer
@@ -207,14 +208,6 @@ def has_room(instruction: str, writer: "Writer") -> bool:
     question = kind_prompt(instruction, examples=[])
     beginning = instance_prompt(instruction, is_classification=False, examples=[])
     return writer.fits(question) and writer.fits(beginning)
-
-
-def has_word(text: str, words: list[str]) -> bool:
-    """Return whether one of the words is in a text, as a whole word, in any case."""
-    if not words:
-        return False
-    pattern = "|".join(re.escape(word.strip()) for word in words)
-    return bool(re.search(rf"(?<!\w)({pattern})(?!\w)", text, re.IGNORECASE))
 
 
 def is_similar(instruction: str, known: list[str], limit: float) -> bool:

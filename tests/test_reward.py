@@ -68,7 +68,7 @@ def test_every_default_word_counts():
         (["a|b"], "b", -1.0),
         ([":)"], "fine :)", 1.0),
         (["행복"], "정말 행복 !", 1.0),
-        (["행복"], "정말 행복해요", -1.0),
+        (["행복"], "정말 행복해요", 1.0),
         (["schön"], "Wie SCHÖN!", 1.0),
         (["schon"], "schön", -1.0),
         (["self-made"], "a self-made man", 1.0),
@@ -98,7 +98,8 @@ def test_letters_that_prolong_the_last_word_of_the_prompt_are_no_word(prompt, te
 
 
 def test_scripts_without_spaces_between_words_prolong_nothing():
-    assert positive("행복 !", "행복", prompt="나는") == 1.0
+    assert positive("开心!", "开心", prompt="我很") == 1.0
+    assert positive("행복 !", "행복", prompt="나는") == -1.0  # which Korean has
 
 
 # ----------------------------------------------------------- what REWARD names
