@@ -43,6 +43,7 @@ from finetune import checks, command
 from finetune.errors import RunError, SettingsError, blame
 from finetune.prompts import Prompts, batch_of_step, read_prompts
 from finetune.settings import (
+    Label,
     Number,
     NumberOrAuto,
     Switch,
@@ -86,7 +87,7 @@ POSITIVE_WORDS = [  # a response with one of these whole words, in any case, sco
     "happy", "glad", "good", "great", "smile", "joy", "love", "wonderful", "amazing", "excited",
     "pleased", "delighted", "cheerful", "grateful", "blessed", "fantastic",
 ]  # fmt: skip
-REWARD_LABEL = "POSITIVE"  # of a classifier with several labels: its log-odds are the score
+REWARD_LABEL = "POSITIVE"  # of a classifier with several: its name or index; its log-odds count
 SCORE_PREFIXES = True  # a token earns what it adds to the score; False = the last gets it all
 SCALE_SAMPLES = 200  # of the base model: its graded scores get mean 0 and deviation 1; 0 = off
 SUCCESS_THRESHOLD = "auto"  # a higher score is a success; auto = of rules and reward models alone
@@ -134,7 +135,7 @@ class Settings(TrainingSettings):
     chat_template: Switch
     reward: Text
     positive_words: Texts
-    reward_label: Text
+    reward_label: Label
     score_prefixes: Switch
     scale_samples: Whole = limits(0, 10**6)
     success_threshold: NumberOrAuto = changeable()
@@ -242,7 +243,7 @@ def run(settings: Settings) -> None:
             settings,
             prompts,
             metrics,
-            are_fields_used=learner.scorer.text_before is None,
+            learner.scorer,
         )
         learner = replace(learner, scale=scale or measure_scale(learner, rows))
 

@@ -17,12 +17,21 @@ from finetune.tokens import check_ids, pad
 
 
 @dataclass(frozen=True)
+class Output:
+    """Which output of a classifier is the score, and how it is taken."""
+
+    index: int
+    among_all: bool  # whether its log-odds are those among all labels, of which one is right
+    meaning: str  # in words
+
+
+@dataclass(frozen=True)
 class Classifier:
     """A sequence classifier as a function from prompts and completions to scores."""
 
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
-    label: str  # whose log-odds are the score where there are several, in any case
+    output: Output  # that is the score
     batch_size: int  # texts at once
 
     def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
@@ -58,13 +67,12 @@ class Classifier:
             return self.model(**inputs.to(self.model.device)).logits
 
     def scores_of(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the scores, (batch,): the only logit, or the log-odds of the label."""
-        config, wanted = self.model.config, self.label.lower()
-        labels = labels_of(config)
-        scores = logits[:, 0]
-        if len(labels) > 1:
-            others = [index for index, label in enumerate(labels) if label != wanted]
-            scores = logits[:, labels.index(wanted)] - logits[:, others].logsumexp(1)
+        """Return the scores, (batch,): an output, or its log-odds among all of them."""
+        config, chosen = self.model.config, self.output.index
+        scores = logits[:, chosen]
+        if self.output.among_all:
+            others = [index for index in range(logits.shape[1]) if index != chosen]
+            scores = scores - logits[:, others].logsumexp(1)
 
         # Training on comparisons leaves its scores' mean and deviation in the config.
         if getattr(config, "score_mean", None) is None:
@@ -78,9 +86,31 @@ def last_message(row: Row, is_chat: bool) -> str:
     return last_said(row["prompt"]) + ("\n" if is_chat else "")
 
 
-def labels_of(config: Any) -> list[str]:
-    """Return a classifier's labels, in lower case, in the order of its logits."""
-    return [text.lower() for _, text in sorted(config.id2label.items())]
+def find_output(config: Any, name: str, wanted: str) -> Output:
+    """Return the output that a label means, by its name in any case or by its index.
+
+    name: of the classifier. What an output is depends on problem_type in its config.json, as
+    transformers trains it. Raises SettingsError where there is no such label.
+    """
+    labels = [text for _, text in sorted(config.id2label.items())]
+    if len(labels) == 1:
+        return Output(0, among_all=False, meaning="its only output")
+
+    lower = [label.lower() for label in labels]
+    if wanted.lower() in lower:
+        index = lower.index(wanted.lower())
+    elif wanted.isdecimal() and int(wanted) < len(labels):
+        index = int(wanted)
+    else:
+        remedy = f"give a label of {shorten(name)}: {shorten(' or '.join(labels))}"
+        raise SettingsError(f"REWARD_LABEL is {shorten(wanted)}: {remedy}, or its index")
+
+    label = labels[index]
+    if config.problem_type == "regression":
+        return Output(index, among_all=False, meaning=f"the output {label}")
+    if config.problem_type == "multi_label_classification":
+        return Output(index, among_all=False, meaning=f"the log-odds of {label} by itself")
+    return Output(index, among_all=True, meaning=f"the log-odds of {label} among its labels")
 
 
 def load_classifier(
@@ -92,7 +122,7 @@ def load_classifier(
 ) -> tuple[Classifier, Scale | None]:
     """Return a sequence classifier, and its scale where its config has one, else None.
 
-    label: whose log-odds are the score, where there are several. Raises SettingsError
+    label: that the score is of, where there are several. Raises SettingsError
     for the setting, or for REWARD_LABEL where there is no such label.
     """
     usual = "positive_word_reward or FILE.py:FUNCTION"
@@ -111,14 +141,11 @@ def load_classifier(
     with blame(setting, name, "name another classifier"):
         check_ids(model, tokenizer, [])
 
-    labels = labels_of(model.config)
-    if len(labels) > 1 and label.lower() not in labels:
-        remedy = f"give a label of {shorten(name)}: {shorten(' or '.join(labels))}"
-        raise SettingsError(f"REWARD_LABEL is {shorten(label)}: {remedy}")
+    output = find_output(model.config, name, label)
 
     # A text that scores 0 is as likely chosen as rejected.
     scale = None
     if getattr(model.config, "score_mean", None) is not None:
         accuracy = getattr(model.config, "score_accuracy", None)
         scale = Scale(threshold=0.0, accuracy=accuracy)
-    return Classifier(model, tokenizer, label, batch_size), scale
+    return Classifier(model, tokenizer, output, batch_size), scale

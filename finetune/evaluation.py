@@ -53,6 +53,7 @@ def measure_and_save(learner: Any, rows: list[Row], eval_rows: list[Row], metric
         model=model,
         settings=settings,
         metrics=metrics,
+        score_is=learner.scorer.meaning,
     )
     if is_main_process():
         with whole_results(settings.output_dir) as folder:

@@ -13,6 +13,7 @@ from finetune.processes import device_name
 from finetune.progress import Metrics, count_steps, recent
 from finetune.prompts import Prompts
 from finetune.scale import Scale, success_rate
+from finetune.scorers import Scorer
 
 Figures = dict[str, Any]
 
@@ -38,12 +39,12 @@ def announce(
     settings: Any,
     prompts: Prompts,
     metrics: Metrics,
-    are_fields_used: bool,
+    scorer: Scorer,
 ) -> None:
     """Print what is going to happen.
 
     model: the base model with its adapter. prompts: those that fit into the model. metrics: of
-    the steps that are done. are_fields_used: whether the reward function gets all fields of a row.
+    the steps that are done. scorer: the reward function.
     """
     trained, total = model.get_nb_trainable_parameters()
     weight = model.get_input_embeddings().weight
@@ -52,7 +53,7 @@ def announce(
     held_out = f"{len(prompts.eval_rows)} held out"
     if prompts.eval_source == "EVAL_SHARE":
         held_out += f": EVAL_SHARE {settings.eval_share:g}, in place of EVAL_PROMPTS"
-    held_out += prompts.tally.in_words(with_fields=not are_fields_used)
+    held_out += prompts.tally.in_words(with_fields=scorer.text_before is not None)
 
     steps = count_steps(settings, prompts.rows)
     samples = steps * settings.batch_size
@@ -61,7 +62,8 @@ def announce(
     print(f"Model     {settings.model_name}, {total:,} parameters, {trained:,} of them trained")
     print(f"Device    {device_name(model.device)}, {dtype} weights")
     print(f"Prompts   {len(prompts.rows)} to train on, {held_out}")
-    print(f"Reward    {settings.reward}")
+    meaning = f": {scorer.meaning}" if scorer.meaning else ""
+    print(f"Reward    {settings.reward}{meaning}")
     print(f"Training  {samples} samples in {steps} steps, seed {settings.seed}")
     print(f"Output    {settings.output_dir}/{going_on}\n", flush=True)
 
@@ -151,11 +153,13 @@ def make_report(
     model: Any,
     settings: Any,
     metrics: Metrics,
+    score_is: str | None = None,
 ) -> dict[str, Any]:
     """Return the content of report.json.
 
     base, trained: what was measured, by the prompts: train_prompts and perhaps eval_prompts.
     scale: on which the scores were trained on. is_chat: whether prompts are asked in a template.
+    score_is: what a classifier's score is, in words.
     """
     base_figures: dict[str, Figures] = {}
     trained_figures: dict[str, Figures] = {}
@@ -172,6 +176,7 @@ def make_report(
     rise = after["score"] - before["score"]
     error = error_of_rise(before, after)
     return describe_run(model, settings, metrics, ["trl", "ppo"]) | {
+        "score_is": score_is,
         "scale": asdict(scale),
         "chat": is_chat,
         "learned": rise > 3 * error,  # beyond chance

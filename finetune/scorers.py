@@ -30,6 +30,13 @@ class Scorer:
     # function that wants plain texts as prompts; None = it gets whole rows.
     text_before: Callable[[Row, bool], str] | None = None
 
+    @property
+    def meaning(self) -> str | None:
+        """What the score of a classifier is, in words; None of a function."""
+        if isinstance(self.function, Classifier):
+            return self.function.output.meaning
+        return None
+
     def __call__(self, rows: list[Row], texts: list[str]) -> list[float]:
         """Return the score of the text for each row; raise RunError where there is none."""
         return call_scorer(self.setting, self.function, self.asked_of(rows), texts)

@@ -68,7 +68,14 @@ def to_number(value: Any) -> float:
     return float(value)
 
 
+def to_label(value: Any) -> str:
+    """Return a label, or the number of one, as a text."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if is_number else to_text(value)
+
+
 Text = Annotated[str, BeforeValidator(Converter(to_text))]
+Label = Annotated[str, BeforeValidator(Converter(to_label))]
 Texts = Annotated[list[Text], BeforeValidator(Converter(to_list)), Field(min_length=1)]
 TextsOrNone = Annotated[list[Text], BeforeValidator(Converter(to_list))]
 Switch = Annotated[bool, BeforeValidator(Converter(to_switch))]

@@ -116,6 +116,18 @@ def build():
     return make
 
 
+class PlainScorer:
+    """A scorer that calls a function of rows and texts."""
+
+    meaning = text_before = None
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, rows, texts):
+        return self.function(rows, texts)
+
+
 @pytest.fixture(scope="session")
 def make_learner():
     """Return a Learner of what build made, with a scorer of one's own from rows and texts."""
@@ -125,7 +137,7 @@ def make_learner():
             built.policy,
             built.trainer,
             built.tokenizer,
-            scorer,
+            PlainScorer(scorer),
             scale or train_rlhf.Scale(),
             built.settings,
         )

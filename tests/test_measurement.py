@@ -370,8 +370,11 @@ def test_what_is_left_out_and_not_used_is_told_with_the_prompts(
     model = built.policy.pretrained_model
     for eval_source, share in (("EVAL_PROMPTS", ""), ("EVAL_SHARE", ": EVAL_SHARE 0.1, in place")):
         prompts = Prompts(rows[:4], rows[4:], eval_source, tally)
-        measurement.announce(model, built.settings, prompts, [], are_fields_used)
+        text_before = None if are_fields_used else str
+        scorer = SimpleNamespace(text_before=text_before, meaning="what it means")
+        measurement.announce(model, built.settings, prompts, [], scorer)
         lines = capsys.readouterr().out.splitlines()
         (line,) = [line for line in lines if line.startswith("Prompts ")]
         assert line.startswith(f"Prompts   4 to train on, 2 held out{share}")
+        assert f"Reward    {built.settings.reward}: what it means" in lines
         assert line.endswith(f", 2 with a note; left out: 3 given twice, 1 empty{fields}")

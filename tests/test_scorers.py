@@ -358,10 +358,10 @@ def load(folder, label="POSITIVE", chat_template=False):
     return load_scorer("REWARD", folder, None, label, 40, chat_template, CPU)
 
 
-def refusal(folder):
+def refusal(folder, label="POSITIVE"):
     """Return the line that tells why a folder is no classifier."""
     with pytest.raises(SettingsError) as error:
-        load(folder)
+        load(folder, label)
     (problem,) = error.value.args
     return problem
 
@@ -409,6 +409,37 @@ def test_the_score_of_several_labels_is_the_log_odds_of_one(save_classifier, lab
     wanted = [odds_of(logits_of(folder, text), index) for text in WHOLE]
     assert max(wanted) - min(wanted) > 0.1
     assert scorer(ROWS, TEXTS) == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "meaning"),
+    [
+        ("single_label_classification", "the log-odds of glad among its labels"),
+        ("multi_label_classification", "the log-odds of glad by itself"),
+        ("regression", "the output glad"),
+    ],
+)
+def test_what_an_output_means_hangs_on_how_the_classifier_was_trained(
+    save_classifier, problem_type, meaning
+):
+    """Where several labels may be right, or none, the others say nothing of one."""
+    folder = save_classifier(id2label=THREE, problem_type=problem_type)
+    scorer, _ = load(folder, "GLAD")
+    texts = [" fine", " I am so happy"]
+    logits = scorer.function.logits_of([f"Life is{text}" for text in texts])
+    wanted = logits[:, 2]
+    if problem_type == "single_label_classification":
+        wanted = torch.log_softmax(logits, 1)[:, 2]
+        wanted = wanted - torch.log1p(-wanted.exp())
+    scores = scorer([{"prompt": "Life is"}] * 2, texts)
+    assert scores == pytest.approx(wanted.tolist(), abs=1e-5)
+    assert scorer.meaning == meaning
+
+
+def test_a_label_may_be_given_by_its_index(save_classifier):
+    folder = save_classifier(id2label=THREE)
+    assert load(folder, "2")[0].function.output == load(folder, "glad")[0].function.output
+    assert "REWARD_LABEL is 3: " in refusal(folder, "3")
 
 
 def test_a_prompt_that_is_said_stands_on_a_line_of_its_own(classifier):
@@ -468,7 +499,7 @@ REMEDY = "name a sequence classifier, or give positive_word_reward or FILE.py:FU
 
 def test_a_label_that_the_classifier_lacks(save_classifier):
     folder = save_classifier(id2label=THREE)
-    remedy = f"give a label of {shorten(folder)}: sad or neutral or glad"
+    remedy = f"give a label of {shorten(folder)}: sad or Neutral or glad, or its index"
     assert refusal(folder) == f"REWARD_LABEL is POSITIVE: {remedy}"
 
 
