@@ -2,8 +2,10 @@
 
 import copy
 import inspect
+import os
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from finetune.errors import RunError, SettingsError, shorten
 from finetune.fields import LeftOut
 from finetune.files import Row
 from finetune.functions import function_in_file
+from finetune.guests import as_guest, awaited
 from finetune.prompts import is_turn, last_said
 from finetune.scale import Scale
 
@@ -96,6 +99,10 @@ def load_scorer(
 
 
 # ------------------------------------------------------------------------- the function
+class NoScores(ValueError):
+    """Raised where a function returns what is no score for each text."""
+
+
 def call_scorer(
     setting: str,
     function: Callable[..., Any],
@@ -104,24 +111,54 @@ def call_scorer(
 ) -> list[float]:
     """Return the scores of texts from a function called as TRL's GRPOTrainer would.
 
-    Raises RunError with the text for which the function fails, and the line.
+    A call that fails is tried once more, and then text by text. Raises RunError with the text for
+    which the function fails, and the line.
     """
-    arguments = arguments_for(rows, texts)
     try:
-        return as_floats(function(**arguments), len(texts))
+        return scores_of_call(function, rows, texts)
     except RunError:
         raise
-    except (Exception, SystemExit) as error:
-        # Where one text is to blame, the call with it alone raises and names it.
-        if len(texts) > 1:
-            for row, text in zip(rows, texts):
-                call_scorer(setting, function, [row], [text])
+    except (Exception, SystemExit) as failure:
+        error = failure
 
-        name = name_of(function)
-        place = place_of(function, error)
-        problem = f"{shorten(repr(error), 200)} for {texts[0]!r} in {place}"
-        remedy = "let f(prompts, completions, **kwargs) return a finite number for each completion"
-        raise RunError(f"{setting} is {name}: {problem}: {remedy}") from error
+    # What failed by chance, as a service in the network, may go well once more.
+    with suppress(Exception, SystemExit):
+        if not isinstance(error, NoScores):
+            return scores_of_call(function, rows, texts)
+
+    # Where one text is to blame, the call with it alone raises and names it.
+    if len(texts) > 1:
+        pairs = zip(rows, texts)
+        scores = [call_scorer(setting, function, [row], [text])[0] for row, text in pairs]
+        if not isinstance(error, NoScores):
+            return scores
+
+    cause = error.__cause__ if isinstance(error, NoScores) and error.__cause__ else error
+    place = place_of(function, error)
+    problem = f"{shorten(repr(cause), 200)} for {texts[0]!r} in {place}"
+    raise RunError(f"{setting} is {name_of(function)}: {problem}: {remedy_for(cause)}") from error
+
+
+def scores_of_call(
+    function: Callable[..., Any],
+    rows: list[Row],
+    texts: list[str],
+) -> list[float]:
+    """Return the scores from a single call of a function, or raise whatever it raises."""
+    arguments = arguments_for(rows, texts)
+    with as_guest():
+        returned = awaited(function(**arguments))
+    try:
+        return as_floats(returned, len(texts))
+    except Exception as error:
+        raise NoScores() from error
+
+
+def remedy_for(error: BaseException) -> str:
+    """Return what to do about the error of a function that scores texts."""
+    if isinstance(error, OSError):
+        return "see that what it asks can be reached, then go on with --resume"
+    return "let f(prompts, completions, **kwargs) return a finite number for each completion"
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -168,8 +205,10 @@ def place_of(function: Callable[..., Any], error: BaseException) -> str:
     if code is None:
         return "it"
 
+    path, folder = code.co_filename, os.path.join(os.getcwd(), "")
+    path = path.removeprefix(folder)
     line = code.co_firstlineno
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == code.co_filename:
             line = frame.lineno
-    return f"{code.co_filename}, line {line}"
+    return f"{path}, line {line}"

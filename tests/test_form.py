@@ -22,7 +22,7 @@ from packaging.specifiers import SpecifierSet
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train_rlhf", "train_sft", "train_reward_model", "make_instructions"]
 ORDER = [  # of the files in finetune/: each imports only from those before it
-    *("errors", "words", "processes", "settings", "hub", "checks", "command"),
+    *("errors", "words", "guests", "processes", "settings", "hub", "checks", "command"),
     *("hub_data", "fields", "files", "messages", "dialogues", "data", "prompts"),
     *("examples", "comparisons", "seed_tasks", "functions", "tokens", "chat", "labels"),
     *("judged", "models", "loading", "scale", "classifiers", "scorers"),

@@ -1,8 +1,11 @@
 """Functions that a setting names: those of a script, and those in files of the user."""
 
+import pickle
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from finetune.errors import SettingsError, shorten
 from finetune.functions import function_in_file, local_function
@@ -77,3 +80,31 @@ def test_a_name_without_a_function_or_without_a_file_is_refused(tmp_path, name):
     (problem,) = error.value.args
     assert problem.startswith(f"REWARD is {shorten(name)}: it can't be used (")
     assert problem.endswith("): give FILE.py:FUNCTION")
+
+
+def test_a_file_is_a_module_of_its_name_whose_functions_can_be_pickled(tmp_path):
+    """So a function may hand its own functions to processes that it starts."""
+    code = "from concurrent.futures import ProcessPoolExecutor\n"
+    code += "from multiprocessing import get_context\n"
+    code += "def weigh(text):\n    return float(len(text))\n"
+    code += "def score(prompts, completions, **kwargs):\n"
+    code += "    with ProcessPoolExecutor(1, get_context('fork')) as pool:\n"
+    code += "        return list(pool.map(weigh, completions))\n"
+    (tmp_path / "weighing_of_mine.py").write_text(code, encoding="utf-8")
+    score = function_in_file("REWARD", "weighing_of_mine.py:score")
+    assert score.__module__ == "weighing_of_mine"
+    assert pickle.loads(pickle.dumps(score)) is score
+    assert score(["", ""], ["a", "abc"]) == [1.0, 3.0]
+
+
+def test_a_file_may_have_the_name_of_another_module(tmp_path):
+    (tmp_path / "json.py").write_text("def score(): return 'mine'", encoding="utf-8")
+    assert function_in_file("REWARD", "json.py:score")() == "mine"
+    assert sys.modules["json"].__file__ != str(tmp_path / "json.py")
+
+
+def test_what_a_file_does_to_the_process_when_it_is_read_is_undone(tmp_path):
+    code = "import os, torch\nos.chdir('/')\ntorch.set_grad_enabled(False)\ndef score(): return 1"
+    (tmp_path / "rude.py").write_text(code, encoding="utf-8")
+    assert function_in_file("REWARD", "rude.py:score")() == 1
+    assert Path.cwd() == tmp_path and torch.is_grad_enabled()

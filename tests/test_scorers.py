@@ -1,9 +1,11 @@
 """What scores texts: a function as TRL's GRPOTrainer calls one, or a sequence classifier."""
 
+import asyncio
 import contextlib
 import functools
 import json
 import math
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -43,7 +45,8 @@ def score(function, text):
 
 def line_of(function, number=0):
     """Return the place that a message names: so many lines below the first of a function."""
-    return f"{__file__}, line {function.__code__.co_firstlineno + number}"
+    path = __file__.removeprefix(f"{os.getcwd()}/")
+    return f"{path}, line {function.__code__.co_firstlineno + number}"
 
 
 # ---------------------------------------------------------------- the function
@@ -149,6 +152,62 @@ def test_a_number_too_few_is_told_with_what_came():
     with pytest.raises(RunError) as error:
         call(kindness, [{"prompt": "I"}] * 3, "abc")
     assert "ValueError('it returned [1.5, 1.5] for 3 texts') for 'a' in " in str(error.value)
+
+
+class Flaky:
+    """A reward function that fails in some of its calls, and notes each of them."""
+
+    __name__ = "flaky"
+
+    def __init__(self, *fails):
+        self.fails, self.calls = [*fails], []
+
+    def __call__(self, prompts, completions, **kwargs):
+        self.calls.append(completions)
+        error = self.fails.pop(0) if self.fails else None
+        if error:
+            raise error
+        return [float(len(text)) for text in completions]
+
+
+ROWS_OF_3 = [{"prompt": "I"}] * 3
+
+
+def test_a_call_that_fails_is_tried_once_more_as_a_whole():
+    flaky = Flaky(TimeoutError("busy"))
+    assert call(flaky, ROWS_OF_3, ["a", "ab", "abc"]) == [1.0, 2.0, 3.0]
+    assert flaky.calls == [["a", "ab", "abc"]] * 2
+
+
+def test_what_is_answered_text_by_text_is_not_thrown_away():
+    flaky = Flaky(TimeoutError("busy"), TimeoutError("busy"))
+    assert call(flaky, ROWS_OF_3, ["a", "ab", "abc"]) == [1.0, 2.0, 3.0]
+    assert flaky.calls[2:] == [["a"], ["ab"], ["abc"]]
+
+
+@pytest.mark.parametrize("error", [TimeoutError("busy"), ConnectionError("refused")], ids=repr)
+def test_a_service_that_does_not_answer_is_told_as_such(error):
+    with pytest.raises(RunError) as told:
+        call(Flaky(*[error] * 9), ROWS_OF_3, "abc")
+    told = str(told.value)
+    assert told.startswith(f"REWARD is flaky: {error!r} for 'a' in ")
+    assert told.endswith("see that what it asks can be reached, then go on with --resume")
+
+
+def test_a_function_may_be_a_coroutine_that_asks_about_all_texts_at_once():
+    asked = []
+
+    async def judge(prompts, completions, **kwargs):
+        asked.append(completions)
+
+        async def ask(text):
+            await asyncio.sleep(0.01)
+            return float(len(text))
+
+        return await asyncio.gather(*[ask(text) for text in completions])
+
+    assert call(judge, ROWS_OF_3, ["a", "ab", "abc"]) == [1.0, 2.0, 3.0]
+    assert asked == [["a", "ab", "abc"]]
 
 
 @pytest.mark.parametrize(
