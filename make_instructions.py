@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune import command
-from finetune.checks import check_alone, check_device, check_output
+from finetune.checks import check_alone, check_device, check_launch, check_output
 from finetune.errors import shorten
 from finetune.seed_tasks import SeedTasks, read_seed_tasks, texts_in
 from finetune.settings import CommonSettings, Number, Text, TextsOrNone, Whole, changeable, limits
@@ -74,7 +74,7 @@ class Settings(CommonSettings):
     unanswerable: TextsOrNone
 
 
-CHECKS = (read_seed_tasks, check_device, check_alone, check_output)
+CHECKS = (read_seed_tasks, check_launch, check_device, check_alone, check_output)
 
 # The libraries below take seconds to load: --help and bad settings are answered before.
 if command.is_script(globals()):

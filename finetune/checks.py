@@ -13,6 +13,20 @@ from finetune.processes import is_main_process, pick_device, process_count
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
+# What a launcher sets for each of several processes.
+OF_A_LAUNCH = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+
+# What accelerate's configuration may ask for, and what this is where it asks for nothing: the
+# scripts have settings of their own for these, or can't do it.
+OF_ACCELERATE = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_DYNAMO_BACKEND": "no",
+    "ACCELERATE_USE_DEEPSPEED": "false",
+    "ACCELERATE_USE_FSDP": "false",
+    "ACCELERATE_USE_MEGATRON_LM": "false",
+}
+
 # A folder with one of these was written by a run, and may be moved aside.
 OF_A_RUN = {"metrics.jsonl", "report.json", "checkpoint"}
 
@@ -35,6 +49,25 @@ def check_alone() -> None:
     if process_count() > 1:
         problem = f"WORLD_SIZE is {process_count()}: this script is one process"
         raise SettingsError(f"{problem}: start it with python")
+
+
+def check_launch() -> None:
+    """Refuse the environment of a launch that is none, or that would change the run in silence."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.isdecimal() or int(count) < 1:
+        raise SettingsError(f"WORLD_SIZE is {shorten(count)}: unset it, or launch with torchrun")
+    lacking = [name for name in OF_A_LAUNCH if name not in os.environ]
+    if process_count() > 1 and lacking:
+        problem = f"WORLD_SIZE is {count}, but there is no {', '.join(lacking)}"
+        raise SettingsError(f"{problem}: launch with accelerate or torchrun, or unset it")
+
+    problems = []
+    for name, neutral in OF_ACCELERATE.items():
+        value = os.environ.get(name, neutral)
+        if value.lower() not in (neutral, "0", ""):
+            problems.append(f"{name} is {shorten(value)}: launch with {neutral}, or unset it")
+    if problems:
+        raise SettingsError(*problems)
 
 
 def check_device(device: str, dtype: str) -> None:
@@ -100,4 +133,4 @@ def check_output(model_name: str, output_dir: str) -> None:
 
 
 # What the scripts that train have in common.
-OF_TRAINING = (check_batches, check_device, check_trackers, check_output)
+OF_TRAINING = (check_launch, check_batches, check_device, check_trackers, check_output)

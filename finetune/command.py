@@ -24,10 +24,12 @@ from finetune.processes import is_main_process
 from finetune.settings import Check, TrainingSettings, read_settings
 
 DONE, FAILED, REFUSED = 0, 1, 2
-DEFAULT_HANDLERS: dict[signal.Signals, Any] = {
+DEFAULT_HANDLERS: dict[int, Any] = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
 }
+if hasattr(signal, "SIGHUP"):  # of a closed terminal, and of a scheduler that warns
+    DEFAULT_HANDLERS |= {signal.SIGHUP: signal.SIG_DFL, signal.SIGUSR1: signal.SIG_DFL}
 
 
 # ---------------------------------------------------------------------------- the start
@@ -43,8 +45,16 @@ def watch_the_start() -> None:
     libraries load.
     """
     sys.excepthook = tell_in_a_line
-    for number in DEFAULT_HANDLERS:
+    for number in stop_signals():
         signal.signal(number, leave)
+
+
+def stop_signals() -> list[int]:
+    """Return the signals that stop a run, but for SIGHUP where nohup lets it be ignored."""
+    numbers = list(DEFAULT_HANDLERS)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
+    return numbers
 
 
 def stop_watching() -> None:
@@ -230,10 +240,9 @@ class Stop:
 
 @contextmanager
 def stop_on_signal(after_step: bool = False) -> Iterator[Stop]:
-    """Raise Stopped on Ctrl-C or SIGTERM; with after_step the first waits for the block's end."""
+    """Raise Stopped on a signal that stops; with after_step the first waits for the block's end."""
     stop = Stop(after_step)
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, stop.handle) for number in numbers}
+    handlers = {number: signal.signal(number, stop.handle) for number in stop_signals()}
     try:
         yield stop
     finally:

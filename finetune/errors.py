@@ -28,6 +28,18 @@ def shorten(value: object, length: int = 80) -> str:
     return first[: length - 1].rstrip(" .:") + "…"
 
 
+def telling_text(error: BaseException) -> str:
+    """Return what an error says, with its second line in the first where that announces it."""
+    # The text of a KeyError is a single word, which says nothing without its class.
+    text = str(error).strip()
+    if " " not in text:
+        return repr(error)
+    first, _, others = text.partition("\n")
+    if first.rstrip().endswith(":"):
+        return f"{first.rstrip()} {others.strip()}"
+    return text
+
+
 @contextmanager
 def blame(name: str, value: object, remedy: str, length: int = 200) -> Iterator[None]:
     """Turn what is raised here into a SettingsError that names a setting, its value, a remedy.
@@ -40,9 +52,7 @@ def blame(name: str, value: object, remedy: str, length: int = 200) -> Iterator[
     except (Exception, SystemExit) as error:
         if isinstance(error, SettingsError) or lacks_memory(error):
             raise
-        # The text of a KeyError is a single word, which says nothing without its class.
-        says_something = " " in str(error)
-        reason = shorten(error if says_something else repr(error), length).rstrip(".")
+        reason = shorten(telling_text(error), length).rstrip(".")
         problem = f"{name} is {shorten(value)}: it can't be used ({reason}): {remedy}"
         raise SettingsError(problem) from error
 

@@ -4,7 +4,12 @@
 # the checks ask this file. So a function imports the libraries that it needs.
 import itertools
 import os
-from collections.abc import Callable
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import RunError
@@ -51,12 +56,14 @@ def device_name(device: "torch.device") -> str:
 # -------------------------------------------------------------------- several processes
 def is_main_process() -> bool:
     """Return whether this process is the one that prints, writes and saves."""
-    return os.environ.get("RANK", "0") == "0"
+    # A launcher of another program may have left a rank behind.
+    return process_count() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def process_count() -> int:
     """Return how many processes were launched, on all machines together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if count.isdecimal() else 1
 
 
 def join_processes(device: str) -> "torch.device":
@@ -70,7 +77,43 @@ def join_processes(device: str) -> "torch.device":
         threads = max((os.cpu_count() or 1) // neighbours, 1)
         wanted = os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         torch.set_num_threads(int(wanted))
-    return PartialState(cpu=device == "cpu").device
+    with nullcontext() if process_count() == 1 else waiting_for_others():
+        return PartialState(cpu=device == "cpu").device
+
+
+@contextmanager
+def waiting_for_others(patience: float = 10) -> Iterator[None]:
+    """Tell after so many seconds for whom a process waits in this block; let signals end it.
+
+    What waits is no Python, so no handler of a signal would be called.
+    """
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, args=(heard, patience), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.write(told, b"\0")  # which is no signal
+        watcher.join()
+        os.close(heard)
+        os.close(told)
+
+
+def watch(heard: int, patience: float) -> None:
+    """Wait for the number of a signal, and end the process with it; 0 ends the waiting."""
+    is_ready, _, _ = select.select([heard], [], [], patience)
+    if not is_ready:
+        place = f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
+        others = f"for {process_count() - 1} other processes at {place}"
+        print(f"Waiting {others}; Ctrl-C ends it", file=sys.stderr, flush=True)
+    number = os.read(heard, 1)[0]
+    if number:
+        problem = "by a signal, while it waited for other processes"
+        print(f"\nStopped: {problem}; nothing was started", file=sys.stderr, flush=True)
+        os._exit(128 + number)
 
 
 def share_out(

@@ -11,7 +11,7 @@ import make_instructions
 import train_reward_model
 import train_rlhf
 import train_sft
-from finetune import checks
+from finetune import checks, processes
 from finetune.errors import SettingsError, shorten
 from finetune.output import claim_output
 from finetune.processes import pick_device
@@ -259,3 +259,53 @@ def test_an_output_that_is_a_link_to_what_is_not_there_yet(tmp_path, monkeypatch
     assert problem_of(checks.check_output, "model", "link") is None
     with claim_output("link", resume=False):
         assert (tmp_path / "not" / "there" / "yet" / "checkpoint" / "lock").exists()
+
+
+# -------------------------------------------------------------------------- the launch
+LAUNCH = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({}, None),
+        ({"RANK": "1"}, None),  # left over from a launcher
+        (LAUNCH, None),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}, None),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is two: unset it, or launch with torchrun"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0: unset it, or launch with torchrun"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0"},
+            "WORLD_SIZE is 2, but there is no MASTER_ADDR, MASTER_PORT: "
+            "launch with accelerate or torchrun, or unset it",
+        ),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "bf16"},
+            "ACCELERATE_MIXED_PRECISION is bf16: launch with no, or unset it",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true"},
+            "ACCELERATE_USE_FSDP is true: launch with false, or unset it",
+        ),
+        (
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is 4: launch with 1, or unset it",
+        ),
+    ],
+)
+def test_an_environment_that_is_no_launch_or_changes_the_run_is_refused(
+    monkeypatch, environment, problem
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert problem_of(checks.check_launch) == problem
+    for script in (train_rlhf, train_sft, train_reward_model, make_instructions):
+        assert checks.check_launch in script.CHECKS
+
+
+def test_a_rank_alone_is_the_main_process(monkeypatch):
+    """Else a left-over of a launcher would train, and neither print nor save anything."""
+    monkeypatch.setenv("RANK", "1")
+    assert processes.is_main_process()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not processes.is_main_process()

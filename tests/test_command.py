@@ -195,7 +195,13 @@ def test_the_end_of_another_process_is_no_bug_of_this_one(launch, monkeypatch):
     error = RuntimeError("[/gloo/transport/tcp/pair.cc] Connection closed by peer")
     with pytest.raises(RuntimeError):
         launch(failing(error))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
     reason = "another process of this run has ended, and tells why"
     assert launch(failing(error)) == (1, f"\nStopped: {reason}; {NOTHING}\n")
 
@@ -207,6 +213,7 @@ def test_a_bug_keeps_its_traceback(launch):
 
 # -------------------------------------------------------------------------------- several processes
 def test_a_process_that_is_not_the_main_one_shows_nothing(launch, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, shown in ("1", ""), ("0", "what one says\n"):
         monkeypatch.setenv("RANK", rank)
         assert command.launch(lambda settings: print("what one says"), None) == 0
@@ -226,6 +233,7 @@ def test_a_process_that_is_not_the_main_one_lets_that_one_tell(launch, monkeypat
         command.launch(failing(error), None)
     assert waited == []
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     handler = signal.getsignal(signal.SIGINT)
     for error in ends:
         command.launch(failing(error), None)
@@ -354,3 +362,22 @@ def test_the_script_and_the_folder_run_wherever_they_are(run_script, script, dem
     libraries = (sys.prefix, sys.base_prefix)  # which a user may have in a clone's .venv
     ours = [path for path in opened if path.startswith(f"{ROOT}/")]
     assert [path for path in ours if not path.startswith(libraries)] == []
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_a_closed_terminal_and_a_warning_scheduler_stop_a_run_as_sigterm_does(name):
+    number = getattr(signal, name)
+    with pytest.raises(Stopped) as error, command.stop_on_signal(after_step=True) as stop:
+        signal.raise_signal(number)
+        assert stop.requested == number
+    assert error.value.args == (number,)
+
+
+def test_where_nohup_lets_a_closed_terminal_be_ignored_it_is():
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with command.stop_on_signal(after_step=True) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.requested == 0
+    finally:
+        signal.signal(signal.SIGHUP, handler)

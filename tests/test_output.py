@@ -98,6 +98,7 @@ def test_what_ends_a_run_is_told_what_is_saved(out):
 
 def test_only_the_main_process_claims_the_folder(out, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with claim_output(out, resume=False):
         assert names_in(".") == []
 

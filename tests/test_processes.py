@@ -61,7 +61,7 @@ def wait_until_told(seconds):
 
 def some_letters(prompts, completions, **kwargs):
     calls.append(len(prompts))
-    if str(len(calls)) == failing and rank == "1":
+    if failing and len(calls) >= int(failing) and rank == "1":
         time.sleep = wait_until_told
         raise OSError("the judge is asleep")
     return [len(set(text.lower()) & set("aeinorst")) for text in completions]
@@ -408,3 +408,34 @@ def test_a_signal_to_all_of_torchrun_leaves_a_checkpoint(start_torchrun, tmp_pat
     assert err.read_text().count("Stopped: ") == 1
     told = f"Stopped: by a signal; what was learned up to step {steps} is saved. To go on"
     assert told in err.read_text()
+
+
+# ---------------------------------------------------------------- others that do not come
+WAIT = """
+import sys
+sys.path.insert(0, {root!r})
+from finetune import command, processes
+with command.stop_on_signal():
+    import torch
+    with processes.waiting_for_others(patience=0.2):
+        torch.distributed.init_process_group("gloo")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_others_says_so_and_ends_on_a_signal(number):
+    """What waits is no Python, so that its handlers of signals are not called meanwhile."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    launch = {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    child = subprocess.Popen(
+        [sys.executable, "-c", WAIT.format(root=str(Path(__file__).parent.parent))],
+        env=os.environ | launch,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    line = child.stderr.readline()
+    assert line == f"Waiting for 2 other processes at 127.0.0.1, port {port}; Ctrl-C ends it\n"
+    child.send_signal(number)
+    assert child.wait(timeout=20) == 128 + number
+    assert "Stopped: by a signal, while it waited for other processes" in child.stderr.read()
