@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import transformers
 
+from finetune.beginnings import logits_at_ends, passes_for, reads_beginnings
 from finetune.errors import RunError, SettingsError, blame, shorten
 from finetune.files import Row
 from finetune.hub import find_model
@@ -33,15 +34,13 @@ class Classifier:
     tokenizer: transformers.PreTrainedTokenizerBase
     output: Output  # that is the score
     batch_size: int  # texts at once
+    reads_beginnings: bool = False  # whether one pass gives the scores of all beginnings
 
     def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
         """Return the score of each prompt with its completion."""
         pairs = zip(prompts, completions)
-        texts = [prompt + completion for prompt, completion in pairs]
-        scores: list[float] = []
-        for start in range(0, len(texts), self.batch_size):
-            logits = self.logits_of(texts[start : start + self.batch_size])
-            scores += self.scores_of(logits).tolist()
+        logits = self.logits_of([prompt + completion for prompt, completion in pairs])
+        scores: list[float] = self.scores_of(logits).tolist()
         return scores
 
     def text_before(self, row: Row, is_chat: bool) -> str:
@@ -53,7 +52,7 @@ class Classifier:
         return prompt_before(self.tokenizer, row, is_chat, form)
 
     def logits_of(self, texts: list[str]) -> torch.Tensor:
-        """Return the logits, (batch, labels); of a text that is too long the end counts."""
+        """Return the logits, (texts, labels); of a text that is too long the end counts."""
         context = getattr(self.model.config, "max_position_embeddings", None) or 10**6
         length = min(self.tokenizer.model_max_length, context)
         sequences = [judged_ids(self.tokenizer, text, length) for text in texts]
@@ -62,9 +61,26 @@ class Classifier:
         except ValueError as error:
             remedy = "name another classifier"
             raise RunError(f"{self.model.name_or_path}: {error}: {remedy}") from error
-        inputs = pad(self.tokenizer, sequences)
-        with torch.no_grad():
-            return self.model(**inputs.to(self.model.device)).logits
+        if self.reads_beginnings:
+            return self.logits_by_passes(sequences)
+
+        logits = []
+        for start in range(0, len(sequences), self.batch_size):
+            inputs = pad(self.tokenizer, sequences[start : start + self.batch_size])
+            with torch.no_grad():
+                logits.append(self.model(**inputs.to(self.model.device)).logits)
+        return torch.cat(logits)
+
+    def logits_by_passes(self, sequences: list[list[int]]) -> torch.Tensor:
+        """Return the logits of sequences, of which some are beginnings of others."""
+        passes = passes_for(sequences)
+        logits = []
+        for start in range(0, len(passes), self.batch_size):
+            batch = passes[start : start + self.batch_size]
+            logits.append(logits_at_ends(self.model, self.tokenizer, batch))
+        places = [place for one in passes for place in one.places]
+        order = torch.tensor(places).argsort()
+        return torch.cat(logits)[order.to(self.model.device)]
 
     def scores_of(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the scores, (batch,): an output, or its log-odds among all of them."""
@@ -148,4 +164,5 @@ def load_classifier(
     if getattr(model.config, "score_mean", None) is not None:
         accuracy = getattr(model.config, "score_accuracy", None)
         scale = Scale(threshold=0.0, accuracy=accuracy)
-    return Classifier(model, tokenizer, output, batch_size), scale
+    is_causal = reads_beginnings(model, tokenizer)
+    return Classifier(model, tokenizer, output, batch_size, is_causal), scale

@@ -458,6 +458,39 @@ def test_the_score_of_one_label_is_its_logit_whatever_the_batch(save_classifier,
         assert some(ROWS, texts) == pytest.approx(wanted, abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "bloom"])
+def test_all_beginnings_are_scored_as_if_each_was_asked_alone(save_classifier, kind):
+    """A causal model reads them in few passes; where its tokens are not in line, in more."""
+    scorer, _ = load(save_classifier(kind))
+    assert scorer.function.reads_beginnings == (kind != "bert")
+    texts = [text[:end] for text in TEXTS if text for end in range(len(text) + 1)]
+    rows = [{"prompt": "Life is"}] * len(texts)
+    alone = [scorer([row], [text])[0] for row, text in zip(rows, texts)]
+    assert max(alone) - min(alone) > 0.1
+    one_by_one = replace(scorer, function=replace(scorer.function, reads_beginnings=False))
+    for batch_size in (3, 40):
+        for way in (scorer, one_by_one):
+            some = replace(way, function=replace(way.function, batch_size=batch_size))
+            assert some(rows, texts) == pytest.approx(alone, abs=1e-4)
+
+
+def test_the_beginnings_of_a_response_take_a_single_pass(save_classifier, monkeypatch):
+    scorer, _ = load(save_classifier())
+    model, read = scorer.function.model, []
+    forward = model.model.forward
+
+    def note(input_ids, **others):
+        read.append(tuple(input_ids.shape))
+        return forward(input_ids, **others)
+
+    monkeypatch.setattr(model.model, "forward", note)
+    words = ["I", "am", "so", "happy", "today", "and", "so", "is", "she"]
+    texts = [" ".join(["", *words[:count]]) for count in range(len(words) + 1)]
+    scorer([{"prompt": "Life is"}] * len(texts), texts)
+    ((rows, _),) = read
+    assert rows == 1
+
+
 @pytest.mark.parametrize(
     ("labels", "label", "index"),
     [(LABELS, "POSITIVE", 1), (LABELS, "negative", 0), (THREE, "NEUTRAL", 1)],
