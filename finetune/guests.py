@@ -32,9 +32,11 @@ def as_guest() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     environment = {name: os.environ.get(name) for name in THREADS}
     handlers = signal_handlers()
+    # Of several GPUs a process uses one.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
         try:
             yield
@@ -47,7 +49,8 @@ def as_guest() -> Iterator[None]:
                 if value is not None:
                     os.environ[name] = value
             for number, handler in handlers.items():
-                signal.signal(number, handler)
+                if signal.getsignal(number) != handler:
+                    signal.signal(number, handler)
 
 
 def signal_handlers() -> dict[int, Any]:
