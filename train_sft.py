@@ -164,8 +164,8 @@ def load_and_tokenize(
         tokenizer.padding_side = "right"
         length = int(min(settings.max_length, context_of(path)))
 
-        remedy = "name a model with a chat template that takes them, or give instruction and output"
-        with blame("DATA", settings.data, remedy, length=600):
+        give = "name a model with a chat template that takes them, or give instruction and output"
+        with blame("DATA", settings.data, give, length=600):
             learned, eval_learned = tokenize_data(tokenizer, data, settings.template, length)
         model: Any = load_base_model(path, device, dtype, settings.quantization)
         own_ids = model.generation_config.eos_token_id

@@ -81,7 +81,7 @@ def read_each(
 
 def found_in(table: list[Any]) -> str:
     """Return which fields the first row has, behind a semicolon, where it has any."""
-    if not table or not isinstance(table[0], dict):
+    if not isinstance(table[0], dict):
         return ""
     return f"; the first row has {Fields(table[0]).names()}"
 

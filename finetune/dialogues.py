@@ -1,7 +1,6 @@
 """A row of anybody's data as what was said in it: the one reader of rows for all scripts."""
 
 import re
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from finetune.errors import shorten
@@ -11,8 +10,7 @@ from finetune.fields import (
     Tally,
     as_list,
     checked_text,
-    is_no,
-    is_switch,
+    switch_in,
     without_none,
 )
 from finetune.files import Row
@@ -79,12 +77,11 @@ def read_asked(fields: Fields, question: str, tally: Tally) -> Dialogue:
     return Dialogue(turns, form, tools)
 
 
-def question_in(fields: Fields, names: Iterable[str]) -> str | None:
+def question_in(fields: Fields, names: tuple[str, ...]) -> str | None:
     """Return the field of these in which a row asks something, None where there is none.
 
     It may be an empty one whose input is filled.
     """
-    names = tuple(names)
     question = fields.first(names)
     if question is None and fields.first(INPUTS):
         question = next((name for name in names if name in fields.row), None)
@@ -100,9 +97,10 @@ def read_answered(row: Any, tally: Tally) -> Dialogue:
     dialogue = answered(fields, tally)
     # Of a text, a label may say anything.
     label = fields.first(LABELS) if dialogue.form != "text" else None
-    if label and is_no(fields.row[label]):
+    is_good = switch_in(fields.row[label]) if label else None
+    if is_good is False:
         raise LeftOut(f"whose {label} says that the answer is a bad one")
-    if label and is_switch(fields.row[label]):
+    if label and is_good:
         fields.take(label)
     tally.unused.update(fields.unused)
     return dialogue

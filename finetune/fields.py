@@ -161,20 +161,15 @@ def as_list(value: Any, name: str) -> list[Any]:
 
 def as_switch(value: Any, name: str) -> bool:
     """Return a mark of that name, True or False, 1 or 0, or one of these as a text."""
-    text = str(value).strip().lower()
-    if text not in SWITCHES:
+    switch = switch_in(value)
+    if switch is None:
         raise ValueError(f"its {name} is {shorten(value)}: give 0 or 1, false or true")
-    return SWITCHES[text]
+    return switch
 
 
-def is_switch(value: Any) -> bool:
-    """Return whether a mark says yes or no."""
-    return str(value).strip().lower() in SWITCHES
-
-
-def is_no(value: Any) -> bool:
-    """Return whether a mark says no: False, 0, or one of these as a text."""
-    return SWITCHES.get(str(value).strip().lower()) is False
+def switch_in(value: Any) -> bool | None:
+    """Return whether a mark says yes or no, None where it says neither."""
+    return SWITCHES.get(str(value).strip().lower())
 
 
 def parsed(text: str) -> Any:

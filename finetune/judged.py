@@ -162,7 +162,7 @@ def tokenize(
         texts = tuple(text for text, _ in signed if text is not None)
         signs = tuple(sign for text, sign in signed if text is not None)
         sequences = [judged_ids(tokenizer, text) for text in texts]
-        cut_count = sum(is_cut(tokenizer, text) for text in texts)
+        cut_count = sum(is_cut(tokenizer, text, ids) for text, ids in zip(texts, sequences))
         tally.changed["texts cut"] += cut_count
         if cut_count and len(sequences) == 2 and sequences[0] == sequences[1]:
             tally.left_out["that are the same after they were cut"] += 1
@@ -178,13 +178,11 @@ def tokenize(
     return examples
 
 
-def is_cut(tokenizer: Tokenizer, text: str) -> bool:
-    """Return whether a text is too long for the tokenizer's length, and loses its beginning."""
-    # No token is longer than the text of it, in bytes.
+def is_cut(tokenizer: Tokenizer, text: str, ids: list[int]) -> bool:
+    """Return whether a text, whose token ids these are, was too long and lost its beginning."""
     length = tokenizer.model_max_length
-    if len(text.encode()) + 8 <= length:
-        return False
-    return len(tokenizer(text)["input_ids"]) > length
+    # Only what fills the length may have been cut; a second start token is not among the ids.
+    return len(ids) + 1 >= length and len(tokenizer(text)["input_ids"]) > length
 
 
 def judged_ids(tokenizer: Tokenizer, text: str, length: int | None = None) -> list[int]:

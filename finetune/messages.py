@@ -9,9 +9,8 @@ from finetune.fields import (
     Tally,
     as_list,
     checked_text,
-    is_no,
-    is_switch,
     parsed,
+    switch_in,
     without_none,
 )
 from finetune.files import Row
@@ -87,7 +86,10 @@ def read_turn(fields: Fields, place: str) -> Row:
         turn["name"] = fields.take("name")
     for name in MARKS:
         # What is neither yes nor no is not used, which is told.
-        if fields.is_filled(name) and is_switch(fields.row[name]) and is_no(fields.take(name)):
+        switch = switch_in(fields.row.get(name))
+        if switch is not None:
+            fields.take(name)
+        if switch is False:
             turn["weight"] = 0
     return turn
 
