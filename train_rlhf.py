@@ -89,6 +89,7 @@ POSITIVE_WORDS = [  # a response with one of these whole words, in any case, sco
 ]  # fmt: skip
 REWARD_LABEL = "POSITIVE"  # of a classifier with several: its name or index; its log-odds count
 SCORE_PREFIXES = True  # a token earns what it adds to the score; False = the last gets it all
+MAX_PREFIXES = 20  # beginnings of a response that are scored for that, spread evenly; 0 = all
 SCALE_SAMPLES = 200  # of the base model: its graded scores get mean 0 and deviation 1; 0 = off
 SUCCESS_THRESHOLD = "auto"  # a higher score is a success; auto = of rules and reward models alone
 
@@ -137,6 +138,7 @@ class Settings(TrainingSettings):
     positive_words: Texts
     reward_label: Label
     score_prefixes: Switch
+    max_prefixes: Whole = limits(0, 10**6)
     scale_samples: Whole = limits(0, 10**6)
     success_threshold: NumberOrAuto = changeable()
     training_epochs: Number = limits(1e-6, 10**6, changeable=True)
@@ -185,7 +187,7 @@ from finetune.sampling import sample_responses
 from finetune.scale import Scale
 from finetune.scorers import Scorer
 from finetune.tokens import encode, for_decoder, pad_batch, texts_of
-from finetune.words import has_word
+from finetune.words import has_word, whole_words
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 
@@ -462,6 +464,7 @@ def sample_and_score(rows: list[Row], numbers: torch.Tensor, learner: Learner) -
         queries,
         responses,
         settings.score_prefixes,
+        stride=stride_of(settings, learner.scorer),
     )
     return Rollout(queries, responses, texts, scores, token_scores)
 
@@ -519,36 +522,68 @@ def score_responses(
     queries: list[torch.Tensor],
     responses: list[torch.Tensor],
     score_prefixes: bool,
+    stride: int = 1,
 ) -> tuple[list[float], list[torch.Tensor]]:
     """Return the score of each response, and what each of its tokens earns on the scale.
 
     With score_prefixes a token earns what it adds to the score of the text so far:
-    texts that score -1, -1, +1 earn 0, +2. Every beginning is scored for that. The sum
-    is the response's score less that of the empty text, so with GAMMA 1 the best policy
-    stays the best, and one sees which token did it: potential-based shaping (Ng, Harada
-    and Russell 1999). Without score_prefixes the last token earns the whole score.
+    texts that score -1, -1, +1 earn 0, +2. Every beginning is scored for that, or the
+    one after every stride tokens; the last of them earns what they add. The sum is the
+    response's score less that of the empty text, so with GAMMA 1 the best policy stays
+    the best, and one sees which token did it: potential-based shaping (Ng, Harada and
+    Russell 1999). Without score_prefixes the last token earns the whole score.
     """
     # All texts are scored in one call.
-    asked_rows, texts, counts = [], [], []
+    asked_rows, texts, all_places = [], [], []
     for row, query, response in zip(rows, queries, responses):
-        shortest = 0 if score_prefixes else len(response)
-        beginnings = [response[:end] for end in range(shortest, len(response) + 1)]
-        texts += texts_of(tokenizer, query, beginnings)
-        asked_rows += [row] * len(beginnings)
-        counts.append(len(beginnings))
+        places = [len(response)]
+        if score_prefixes:
+            places = [*range(0, len(response), stride), len(response)]
+        asked_rows += [row] * len(places)
+        texts += beginnings_of(tokenizer, query, response, places, whole=stride > 1)
+        all_places.append(torch.tensor(places))
+    counts = [len(places) for places in all_places]
     all_scores = torch.tensor(scorer(asked_rows, texts), dtype=torch.float64)
 
     scores, token_scores = [], []
-    for response, text_scores in zip(responses, all_scores.split(counts)):
+    for response, places, text_scores in zip(responses, all_places, all_scores.split(counts)):
         scores.append(text_scores[-1].item())
         scaled = scale.apply(text_scores)
+        earned = torch.zeros(len(response), dtype=torch.float64)
         if score_prefixes:
-            added = scaled.diff()
+            earned[places[1:] - 1] = scaled.diff()
         else:
-            added = torch.zeros(len(response), dtype=torch.float64)
-            added[-1] = scaled[-1]
-        token_scores.append(added.float())
+            earned[-1] = scaled[-1]
+        token_scores.append(earned.float())
     return scores, token_scores
+
+
+def beginnings_of(
+    tokenizer: Tokenizer,
+    query: torch.Tensor,
+    response: torch.Tensor,
+    places: list[int],
+    whole: bool,
+) -> list[str]:
+    """Return the texts of a response's beginnings, each of so many tokens, the longest last.
+
+    whole: leave out what may be half a word at the end of all but the last. That follows
+    from the beginning alone: if it depended on the next token, that token would have
+    changed what the ones before it had earned, and the shaping would not be exact.
+    """
+    beginnings = [response[:place] for place in places]
+    texts = texts_of(tokenizer, query, beginnings)
+    if whole:
+        texts[:-1] = [whole_words(text) for text in texts[:-1]]
+    return texts
+
+
+def stride_of(settings: Settings, scorer: Scorer) -> int:
+    """Return how many tokens lie between two beginnings of a response that are scored."""
+    # One pass has the scores of all.
+    if settings.max_prefixes == 0 or scorer.reads_beginnings:
+        return 1
+    return math.ceil(settings.max_new_tokens / settings.max_prefixes)
 
 
 # --------------------------------------------------------------- advantages and returns

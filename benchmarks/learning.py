@@ -119,10 +119,9 @@ def commit():
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def run(model, variant, seed, more_flags):
+def run(patch, flags, seed):
     """Return the figures of one run."""
-    flags, patch = VARIANTS[variant]
-    report, metrics = run_script(patch, [*MODELS[model], *flags, *more_flags], seed)
+    report, metrics = run_script(patch, flags, seed)
     batch = report["settings"]["batch_size"]
     rates = [record["success_rate"] for record in metrics]
     running = {
@@ -178,8 +177,14 @@ def main():
     if options.ablation:
         models = [name for name in models if name != "stories260K, default prompts"]
     tasks = [(m, v, seed) for m in models for v in variants for seed in range(options.seeds)]
+
+    def run_task(task):
+        model, variant, seed = task
+        variant_flags, patch = VARIANTS[variant]
+        return run(patch, [*MODELS[model], *variant_flags, *flags], seed)
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = dict(zip(tasks, pool.map(lambda task: run(*task, flags), tasks)))
+        results = dict(zip(tasks, pool.map(run_task, tasks)))
     samples = results[tasks[0]]["samples"]
     seeds = f"seeds 0 to {options.seeds - 1}, {samples} samples, a CPU with one thread a run"
     lines = [f"Commit {commit()}, {seeds}.", ""]

@@ -40,6 +40,11 @@ class Scorer:
             return self.function.output.meaning
         return None
 
+    @property
+    def reads_beginnings(self) -> bool:
+        """Whether the scores of all beginnings of a text are had in one pass."""
+        return isinstance(self.function, Classifier) and self.function.reads_beginnings
+
     def __call__(self, rows: list[Row], texts: list[str]) -> list[float]:
         """Return the score of the text for each row; raise RunError where there is none."""
         return call_scorer(self.setting, self.function, self.asked_of(rows), texts)

@@ -57,6 +57,14 @@ def is_apart(before: str, word: str, after: str) -> bool:
     return not is_prolonged and (has_ending or not goes_on)
 
 
+def whole_words(text: str) -> str:
+    """Return a text without the letters at its end, of a word that more of them may belong to."""
+    end = len(text)
+    while is_letter(text[end - 1 : end]):
+        end -= 1
+    return text[:end]
+
+
 def is_letter(character: str) -> bool:
     """Return whether a character is part of a word, in a script with spaces between words."""
     if not character:

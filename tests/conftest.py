@@ -120,6 +120,7 @@ class PlainScorer:
     """A scorer that calls a function of rows and texts."""
 
     meaning = text_before = None
+    reads_beginnings = False
 
     def __init__(self, function):
         self.function = function

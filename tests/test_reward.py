@@ -1,8 +1,10 @@
 """The reward of train_rlhf.py: the default rule, what REWARD names, what tokens earn."""
 
+import itertools
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,6 +256,83 @@ def test_what_tokens_earn_is_on_the_scale_and_the_scores_are_as_they_were_given(
     wanted = [[a - empty, ab - a], [c - empty]] if score_prefixes else [[0.0, ab], [c]]
     for earned, numbers in zip(token_scores, wanted):
         assert earned.tolist() == pytest.approx(numbers)
+
+
+@pytest.mark.parametrize("stride", [2, 3, 5, 50])
+def test_of_beginnings_some_are_asked_evenly_without_half_words_and_the_last_of_them_earns(stride):
+    text = " glad to be of use"
+    asked = []
+
+    def scorer(rows, texts):
+        asked.extend(texts)
+        return [len(text) / 10 for text in texts]
+
+    (score,), (earned,) = score_responses(
+        scorer, Scale(), Letters(), [{"prompt": "I"}], ids_of("I"), ids_of([text]), True, stride
+    )
+    whole = [train_rlhf.whole_words(text[:end]) for end in range(0, len(text), stride)]
+    assert asked == [*whole, text]
+    assert all(beginning.strip(" ") in ("", "glad", "glad to", "glad to be", "glad to be of")
+               for beginning in whole)  # fmt: skip
+    assert score == len(text) / 10
+    assert earned.sum().item() == pytest.approx(score)
+    places = {*range(stride, len(text), stride), len(text)}
+    assert {int(place) + 1 for place in earned.nonzero()} <= places
+
+
+def expected_gradient(logits, reward_to_go):
+    """Return the gradient of PPO without a critic, summed over all responses of four letters.
+
+    logits: (4, 3, 3) of a policy of three letters, that sees its place and the last letter.
+    """
+    total = torch.zeros(())
+    for letters in itertools.product(range(3), repeat=4):
+        logprobs = torch.stack(
+            [
+                logits[place].log_softmax(-1)[letters[place - 1] if place else 0, letter]
+                for place, letter in enumerate(letters)
+            ]
+        )
+        weights = torch.tensor(reward_to_go("".join(" ab"[letter] for letter in letters)))
+        total = total + logprobs.sum().exp().detach() * (logprobs * weights).sum()
+    return torch.autograd.grad(total, logits)[0]
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+def test_whatever_beginnings_are_asked_the_expected_gradient_is_that_of_the_whole_score(stride):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3, 3, requires_grad=True)
+    all_scores = {}
+
+    def score(text):
+        return all_scores.setdefault(text, torch.randn(()).item())
+
+    def to_go(text):
+        _, (earned,) = score_responses(
+            lambda rows, texts: [score(text) for text in texts],
+            *(Scale(), Letters(), [{"prompt": "I"}], ids_of("I"), ids_of([text]), True, stride),
+        )
+        return earned.flip(0).cumsum(0).flip(0).tolist()
+
+    shaped = expected_gradient(logits, to_go)
+    at_the_end = expected_gradient(logits, lambda text: [score(text)] * 4)
+    assert torch.allclose(shaped, at_the_end, atol=1e-5)
+    assert shaped.abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("max_new_tokens", "max_prefixes", "in_one_pass", "stride"),
+    [(10, 20, False, 1), (20, 20, False, 1), (21, 20, False, 2), (120, 20, False, 6),
+     (120, 0, False, 1), (120, 20, True, 1), (7, 1, False, 7)],
+)  # fmt: skip
+def test_at_most_max_prefixes_beginnings_are_asked(
+    max_new_tokens, max_prefixes, in_one_pass, stride
+):
+    settings = SimpleNamespace(max_new_tokens=max_new_tokens, max_prefixes=max_prefixes)
+    scorer = SimpleNamespace(reads_beginnings=in_one_pass)
+    assert train_rlhf.stride_of(settings, scorer) == stride
+    if max_prefixes and not in_one_pass:
+        assert math.ceil(max_new_tokens / stride) <= max_prefixes
 
 
 # -------------------------------------------------- before anything is touched

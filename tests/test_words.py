@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from finetune.words import has_word
+from finetune.words import has_word, whole_words
 
 
 @pytest.mark.parametrize(
@@ -82,3 +82,21 @@ def test_any_of_several_words_will_do():
     assert has_word("a fine day", ["good", "fine"])
     assert not has_word("a fine day", ["good"])
     assert not has_word("a fine day", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("", ""),
+        ("hap", ""),
+        ("I am hap", "I am "),
+        ("I am happy ", "I am happy "),
+        ("I am happy.", "I am happy."),
+        ("so :)", "so :)"),
+        ("我今天很开", "我今天很开"),
+        ("정말 행복", "정말 "),
+        ("cafe\u0301", ""),
+    ],
+)
+def test_what_may_be_half_a_word_is_left_out(text, whole):
+    assert whole_words(text) == whole
