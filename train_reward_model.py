@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import command
-from finetune.checks import OF_TRAINING, check_alone
+from finetune.checks import OF_TRAINING, check_shares
 from finetune.comparisons import COMPARISONS, check_data, check_head
 from finetune.data import read_data
 from finetune.errors import blame
@@ -73,7 +73,7 @@ class Settings(StageSettings):
     lora_rank: Whole = limits(0, 10**6)
 
 
-CHECKS = (check_data, check_head, *OF_TRAINING, check_alone)
+CHECKS = (check_data, check_head, *OF_TRAINING, check_shares)
 
 # The libraries below take seconds to load: --help and bad settings are answered before.
 if command.is_script(globals()):
@@ -82,15 +82,15 @@ command.silence_loggers()
 
 import torch
 import transformers
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from finetune.batches import ComparisonCollator
 from finetune.checkpoint import check_resume
 from finetune.heads import load_with_head, save_with_head, show_scores
-from finetune.held_out import calibration, compare_figures, draw, end_line, guessing, ratio
+from finetune.held_out import Judged, compare_figures, comparison_figures, draw, end_line
 from finetune.judged import row_count, sequences_of, tokenize_comparisons
 from finetune.output import claim_output, describe_run, whole_results, write_report
-from finetune.processes import is_main_process, join_processes, pick_device
+from finetune.processes import is_main_process, join_processes, pick_device, share_out
 from finetune.progress import Metrics, count_steps, progress
 from finetune.supervised import Stage, announce, fit
 from finetune.tokens import check_ids
@@ -158,20 +158,27 @@ class ComparisonTrainer(transformers.Trainer):
         num_items_in_batch: Any = None,
     ) -> torch.Tensor:
         """Return the mean of -ln P(better preferred) in nats, where P = sigmoid(margin)."""
-        margins, _ = margins_of(model, inputs)
+        # What several processes train is wrapped, and has no dtype.
+        unwrapped: Any = self.model
+        margins, _ = margins_of(model, inputs, unwrapped.dtype)
         return -logsigmoid(margins).mean()
 
 
-def margins_of(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def margins_of(
+    model: Any,
+    batch: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the better text's score less the worse one's, and the scores of all texts.
 
-    batch: as from ComparisonCollator. Returns float32, (comparisons,) and (texts,).
+    batch: as from ComparisonCollator. dtype: of the model. Returns float32, (comparisons,)
+    and (texts,).
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    uses_16_bits = model.dtype != torch.float32
-    with torch.autocast(model.device.type, model.dtype, enabled=uses_16_bits):
-        scores = model(**inputs).logits[:, 0].float()
     owners, signs = batch["owners"], batch["signs"]
+    uses_16_bits = dtype != torch.float32
+    with torch.autocast(signs.device.type, dtype, enabled=uses_16_bits):
+        scores = model(**inputs).logits[:, 0].float()
     margins = torch.zeros(int(owners[-1]) + 1, device=scores.device)
     return margins.index_add(0, owners, signs * scores), scores
 
@@ -188,48 +195,26 @@ class HeldOut:
 
     def measure(self, whole: bool = True) -> Row:
         """Return loss and accuracy; of the whole measurement all that is told of it."""
-        margins, scores = self.margins_and_scores()
-        loss = softplus(-margins).mean().item()
+        judged = share_out(self.judge, self.examples)
+        figures = comparison_figures(self.examples, judged)
+        if whole:
+            return figures
+        return {"loss": figures["loss"], "accuracy": figures["accuracy"]}
 
-        # A tie is right by half. The comparisons of a row go together.
-        right = (margins.sign() + 1) / 2
-        rows = torch.tensor([example["row"] for example in self.examples])
-        accuracy, error = ratio(rows.bincount(right).tolist(), rows.bincount().tolist())
-        if not whole:
-            return {"loss": loss, "accuracy": accuracy}
-
-        all_scores = torch.tensor(list(scores.values()), dtype=torch.float64)
-        mean = all_scores.mean().item()
-        deviation = all_scores.std(correction=0).item() or 1.0
-        best_first = sorted(scores, key=scores.__getitem__, reverse=True)
-        shown = best_first[:3] + best_first[-3:]
-        return {
-            "accuracy": accuracy,
-            "standard_error": error,
-            "guessing": guessing(self.examples),
-            "loss": loss,
-            "margin": margins.mean().item(),
-            "comparisons": len(self.examples),
-            "score_mean": mean,
-            "score_std": deviation,
-            "calibration": calibration(margins, right),
-            "first_sample": {text: (scores[text] - mean) / deviation for text in shown},
-        }
-
-    def margins_and_scores(self) -> tuple[torch.Tensor, dict[str, float]]:
-        """Return the margin of each comparison, float64, and the score of each text."""
+    def judge(self, examples: list[Row]) -> Judged:
+        """Return what the model says of each of the comparisons."""
         margins: list[float] = []
-        scores: dict[str, float] = {}
+        scores: list[list[float]] = []
         self.model.eval()
-        for start in progress(range(0, len(self.examples), self.batch_size)):
-            examples = self.examples[start : start + self.batch_size]
-            batch = self.collate(examples).to(self.model.device)
+        for start in progress(range(0, len(examples), self.batch_size)):
+            comparisons = examples[start : start + self.batch_size]
+            batch = self.collate(comparisons).to(self.model.device)
             with torch.no_grad():
-                batch_margins, batch_scores = margins_of(self.model, batch)
+                batch_margins, batch_scores = margins_of(self.model, batch, self.model.dtype)
             margins += batch_margins.tolist()
-            texts = [text for example in examples for text in example["texts"]]
-            scores.update(zip(texts, batch_scores.tolist()))
-        return torch.tensor(margins, dtype=torch.float64), scores
+            counts = [len(comparison["texts"]) for comparison in comparisons]
+            scores += [of_one.tolist() for of_one in batch_scores.split(counts)]
+        return Judged(margins, scores)
 
 
 # --------------------------------------------------------------------------- the report

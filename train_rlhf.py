@@ -546,12 +546,12 @@ def score_responses(
     all_scores = torch.tensor(scorer(asked_rows, texts), dtype=torch.float64)
 
     scores, token_scores = [], []
-    for response, places, text_scores in zip(responses, all_places, all_scores.split(counts)):
+    for response, asked, text_scores in zip(responses, all_places, all_scores.split(counts)):
         scores.append(text_scores[-1].item())
         scaled = scale.apply(text_scores)
         earned = torch.zeros(len(response), dtype=torch.float64)
         if score_prefixes:
-            earned[places[1:] - 1] = scaled.diff()
+            earned[asked[1:] - 1] = scaled.diff()
         else:
             earned[-1] = scaled[-1]
         token_scores.append(earned.float())

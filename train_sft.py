@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import command
-from finetune.checks import OF_TRAINING, check_alone
+from finetune.checks import OF_TRAINING, check_shares
 from finetune.data import Data, read_data
 from finetune.errors import blame
 from finetune.examples import (
@@ -88,7 +88,7 @@ class Settings(StageSettings):
     max_new_tokens: Whole = limits(1, 10**6, changeable=True)
 
 
-CHECKS = (check_template, check_examples, *OF_TRAINING, check_alone)
+CHECKS = (check_template, check_examples, *OF_TRAINING, check_shares)
 
 # The libraries below take seconds to load: --help and bad settings are answered before.
 if command.is_script(globals()):
@@ -101,12 +101,12 @@ from torch.nn.functional import cross_entropy
 
 from finetune.batches import make_collator
 from finetune.checkpoint import check_resume
-from finetune.held_out import answers, compare_answers, compare_figures, draw, ratio
+from finetune.held_out import Losses, answers, compare_answers, compare_figures, draw, ratio
 from finetune.hub import context_of, find_model
 from finetune.labels import Learned, tokenize_data
 from finetune.models import add_adapter, load_base_model, save_model
 from finetune.output import claim_output, describe_run, whole_results, write_report
-from finetune.processes import is_main_process, join_processes, pick_device
+from finetune.processes import is_main_process, join_processes, pick_device, share_out
 from finetune.progress import Metrics, count_steps, progress
 from finetune.supervised import Stage, announce, fit
 from finetune.tokens import check_ids, end_tokens, load_tokenizer
@@ -188,7 +188,7 @@ class HeldOut:
 
     def measure(self, whole: bool = True) -> Row:
         """Return the loss in nats a token; of the whole measurement answers, too."""
-        nats, counts = self.losses()
+        nats, counts = share_out(self.losses, self.examples)
         loss, error = ratio(nats, counts)
         if not whole:
             return {"loss": loss}
@@ -203,22 +203,22 @@ class HeldOut:
             "first_sample": self.answers(),
         }
 
-    def losses(self) -> tuple[list[float], list[int]]:
-        """Return the nats of each example, and of how many tokens they are the sum."""
+    def losses(self, examples: list[Row]) -> Losses:
+        """Return how well the model knows each of the examples."""
         model, size = self.model, self.settings.eval_batch_size
         collate = transformers.DataCollatorForSeq2Seq(self.tokenizer)
         nats: list[float] = []
         counts: list[int] = []
         model.eval()
-        for start in progress(range(0, len(self.examples), size)):
-            batch = collate(self.examples[start : start + size]).to(model.device)
+        for start in progress(range(0, len(examples), size)):
+            batch = collate(examples[start : start + size]).to(model.device)
             labels = batch.pop("labels")[:, 1:]
             with torch.no_grad():
                 logits = model(**batch).logits[:, :-1].float()
             losses = cross_entropy(logits.mT, labels, reduction="none")
             nats += losses.sum(1).tolist()
             counts += (labels != -100).sum(1).tolist()
-        return nats, counts
+        return Losses(nats, counts)
 
     def answers(self) -> dict[str, str]:
         """Return {what is asked: answer} of the first six rows."""

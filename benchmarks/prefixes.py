@@ -20,9 +20,9 @@ CALM = ["--positive-words", "calm", "serene", "peaceful", *MODELS["demo_model"]]
 STORY = [*("--positive-words", "water", "garden", "house"), *MODELS["stories260K, story prompts"]]
 TASKS = {  # name: flags, the length, and what MAX_PREFIXES is tried
     "demo_model, 40 tokens": (CALM, 40, (0, 20, 10)),
-    "demo_model, 120 tokens": (CALM, 120, (0, 40, 20, 10)),
+    "demo_model, 120 tokens": (CALM, 120, (0, 20, 10)),
     "stories260K, 40 tokens": (STORY, 40, (0, 20, 10)),
-    "stories260K, 120 tokens": (STORY, 120, (0, 40, 20, 10)),
+    "stories260K, 120 tokens": (STORY, 120, (0, 20, 10)),
 }
 # One measurement has to do for the long ones.
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--eval-samples", "120"]

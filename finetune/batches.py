@@ -1,13 +1,34 @@
-"""How examples become a batch: padded, packed one after another, or as comparisons."""
+"""How examples become batches: in which order, padded, packed, or as comparisons."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from finetune.errors import blame
 from finetune.files import Row
+from finetune.settings import StageSettings
+
+
+def order_of(examples: list[Row], total: int, settings: StageSettings) -> list[int]:
+    """Return the places of the run's examples; every epoch has each once, in an order of its own.
+
+    total: the steps of the whole run. A longer run begins like a shorter one.
+    """
+    # Examples that are all as long are simply shuffled.
+    lengths = [0] * len(examples)
+    if settings.group_by_length:
+        lengths = [len(example["input_ids"]) for example in examples]
+
+    count = total * settings.batch_size
+    order: list[int] = []
+    for epoch in range(math.ceil(count / len(examples))):
+        generator = torch.Generator().manual_seed(settings.seed * 10**6 + epoch)
+        order += get_length_grouped_indices(lengths, settings.batch_size, generator=generator)
+    return order[:count]
 
 
 def make_collator(

@@ -44,6 +44,16 @@ def check_batches(batch_size: int, mini_batch_size: int) -> None:
         raise SettingsError(f"MINI_BATCH_SIZE is {mini_batch_size}: {remedy}")
 
 
+def check_shares(batch_size: int, mini_batch_size: int) -> None:
+    """Refuse a minibatch of which the processes would not get as many examples each."""
+    name = "MINI_BATCH_SIZE" if mini_batch_size else "BATCH_SIZE"
+    size = mini_batch_size or batch_size
+    # Where there are too few, check_batches tells.
+    if size > process_count() and size % process_count():
+        remedy = f"give a multiple of {process_count()}, the number of processes"
+        raise SettingsError(f"{name} is {size}: {remedy}")
+
+
 def check_alone() -> None:
     """Refuse a launch of several processes."""
     if process_count() > 1:

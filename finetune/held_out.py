@@ -2,10 +2,11 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
+from torch.nn.functional import softplus
 
 from finetune.errors import shorten
 from finetune.files import Row
@@ -14,6 +15,20 @@ from finetune.tokens import appends_end, prompt_ids, texts_of
 
 
 # -------------------------------------------------------------------------- the figures
+class Losses(NamedTuple):
+    """The nats of each example, and of how many tokens they are the sum."""
+
+    nats: list[float]
+    counts: list[int]
+
+
+class Judged(NamedTuple):
+    """The margin of each comparison, and the scores of its texts."""
+
+    margins: list[float]
+    scores: list[list[float]]
+
+
 def ratio(sums: list[float], counts: list[int]) -> tuple[float, float]:
     """Return the mean over all that is counted, and its standard error over the groups of it.
 
@@ -26,6 +41,37 @@ def ratio(sums: list[float], counts: list[int]) -> tuple[float, float]:
         difference = part - mean * count
         squares.append(difference**2)
     return mean, math.sqrt(sum(squares)) / total
+
+
+def comparison_figures(examples: list[Row], judged: Judged) -> Row:
+    """Return what is told of how a reward model judged the comparisons."""
+    margins = torch.tensor(judged.margins, dtype=torch.float64)
+
+    # A tie is right by half. The comparisons of a row go together.
+    right = (margins.sign() + 1) / 2
+    rows = torch.tensor([example["row"] for example in examples])
+    accuracy, error = ratio(rows.bincount(right).tolist(), rows.bincount().tolist())
+
+    scores: dict[str, float] = {}
+    for example, its_scores in zip(examples, judged.scores):
+        scores.update(zip(example["texts"], its_scores))
+    all_scores = torch.tensor(list(scores.values()), dtype=torch.float64)
+    mean = all_scores.mean().item()
+    deviation = all_scores.std(correction=0).item() or 1.0
+    best_first = sorted(scores, key=scores.__getitem__, reverse=True)
+    shown = best_first[:3] + best_first[-3:]
+    return {
+        "accuracy": accuracy,
+        "standard_error": error,
+        "guessing": guessing(examples),
+        "loss": softplus(-margins).mean().item(),
+        "margin": margins.mean().item(),
+        "comparisons": len(examples),
+        "score_mean": mean,
+        "score_std": deviation,
+        "calibration": calibration(margins, right),
+        "first_sample": {text: (scores[text] - mean) / deviation for text in shown},
+    }
 
 
 def guessing(examples: list[Row]) -> float:

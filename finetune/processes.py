@@ -116,31 +116,29 @@ def watch(heard: int, patience: float) -> None:
         os._exit(128 + number)
 
 
-def share_out(
-    work: Callable[..., Any],
-    rows: list[Any],
-    numbers: "torch.Tensor",
-    **arguments: Any,
-) -> Any:
+def share_out(work: Callable[..., Any], *columns: Any, **arguments: Any) -> Any:
     """Return what work finds for all rows, each process doing its share of them.
 
-    work: takes rows, as many numbers, and the arguments; it returns a named tuple of
-    lists with an item for each row. The result is such a tuple with the lists of all
-    processes, one after another. A RunError in one process is raised in all of them.
+    columns: what there is for each row, as lists or tensors of one length. work: takes
+    these, each cut to a share, and the arguments; it returns a named tuple of lists with
+    an item for each row. The result is such a tuple with the lists of all processes, one
+    after another. A RunError in one process is raised in all of them.
     """
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
     state = PartialState()
-    first = len(rows) * state.process_index // state.num_processes
-    last = len(rows) * (state.process_index + 1) // state.num_processes
+    count = len(columns[0])
+    first = count * state.process_index // state.num_processes
+    last = count * (state.process_index + 1) // state.num_processes
+    share = [column[first:last] for column in columns]
 
     # A process without rows, and one that failed, still has to take part in what all do
     # together.
     result = None
     if first < last:
         try:
-            result = work(rows[first:last], numbers[first:last], **arguments)
+            result = work(*share, **arguments)
         except RunError as error:
             result = error
 
@@ -148,8 +146,8 @@ def share_out(
     for result in results:
         if isinstance(result, RunError):
             raise result
-    columns = [list(itertools.chain.from_iterable(lists)) for lists in zip(*results)]
-    return results[0]._make(columns)
+    lists = [list(itertools.chain.from_iterable(parts)) for parts in zip(*results)]
+    return results[0]._make(lists)
 
 
 # ----------------------------------------------------------------------- random numbers

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import transformers
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from finetune.batches import order_of
 from finetune.checkpoint import Checkpoint
 from finetune.command import Stop, stop_on_signal
 from finetune.fields import Tally
 from finetune.files import Row
-from finetune.processes import device_name
+from finetune.processes import device_name, process_count
 from finetune.progress import Metrics, MetricsLog, count_steps, give_up_on_bad_numbers, recent
 from finetune.settings import StageSettings
 
@@ -138,11 +138,13 @@ def make_arguments(stage: Stage, steps: int) -> TrainingArguments:
         output_dir=settings.output_dir,
         max_steps=steps,
         train_sampling_strategy="sequential",
-        per_device_train_batch_size=settings.rows_at_once,
+        # BATCH_SIZE and MINI_BATCH_SIZE are those of all processes together.
+        per_device_train_batch_size=settings.rows_at_once // process_count(),
         gradient_accumulation_steps=settings.batch_size // settings.rows_at_once,
         max_grad_norm=settings.max_grad_norm,
         activation_checkpointing=settings.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
+        ddp_find_unused_parameters=False,  # there are none, and it would take time
         use_cpu=model.device.type == "cpu",
         fp16=model.dtype == torch.float16,
         logging_steps=1,
@@ -155,24 +157,6 @@ def make_arguments(stage: Stage, steps: int) -> TrainingArguments:
     # Trainer would spread a batch over all GPUs, and has no setting for that.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def order_of(examples: list[Row], total: int, settings: StageSettings) -> list[int]:
-    """Return the places of the run's examples; every epoch has each once, in an order of its own.
-
-    total: the steps of the whole run. A longer run begins like a shorter one.
-    """
-    # Examples that are all as long are simply shuffled.
-    lengths = [0] * len(examples)
-    if settings.group_by_length:
-        lengths = [len(example["input_ids"]) for example in examples]
-
-    count = total * settings.batch_size
-    order: list[int] = []
-    for epoch in range(math.ceil(count / len(examples))):
-        generator = torch.Generator().manual_seed(settings.seed * 10**6 + epoch)
-        order += get_length_grouped_indices(lengths, settings.batch_size, generator=generator)
-    return order[:count]
 
 
 # --------------------------------------------------------------------------- the record
@@ -196,7 +180,9 @@ class Recorder(transformers.TrainerCallback):
     ) -> None:
         """Begin a step with random numbers of its own, so that a run can go on anywhere."""
         step = len(self.training.metrics) + 1
-        torch.manual_seed(self.training.stage.settings.seed * 10**6 + step)
+        # They are for LORA_DROPOUT, and each process leaves out what it likes.
+        own = args.process_index * 10**15
+        torch.manual_seed(own + self.training.stage.settings.seed * 10**6 + step)
         # Or one loss that is not finite would stay for good.
         self.training.trainer._tr_loss.zero_()
 
@@ -212,8 +198,8 @@ class Recorder(transformers.TrainerCallback):
         if args.fp16:
             return
         optimizer = self.training.checkpoint.optimizer
-        weights = optimizer.param_groups[0]["params"]
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        gradients = [weight.grad for weight in optimizer.param_groups[0]["params"]]
+        gradients = [gradient for gradient in gradients if gradient is not None]
         if not all(gradient.isfinite().all() for gradient in gradients):
             optimizer.zero_grad()
 
@@ -235,6 +221,7 @@ class Recorder(transformers.TrainerCallback):
         self.show()
         give_up_on_bad_numbers(metrics)
 
+        self.stop.agree()
         step, skipped = len(metrics), metrics[-1]["skipped_updates"]
         due = settings.save_every and step % settings.save_every == 0
         if (due and not skipped) or self.stop.requested or step == total:

@@ -34,7 +34,7 @@ def test_which_checks_a_script_asks():
         assert [check for check in asked[script] if check in checks.OF_TRAINING] == [
             *checks.OF_TRAINING
         ]
-        assert (checks.check_alone in asked[script]) == (script is not train_rlhf)
+        assert (checks.check_shares in asked[script]) == (script is not train_rlhf)
     assert checks.check_output in make_instructions.CHECKS
 
 
@@ -79,7 +79,20 @@ def test_a_script_that_is_one_process_is_no_launch_of_several(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     alone = "this script is one process: start it with python"
     assert problem_of(checks.check_alone) == f"WORLD_SIZE is 2: {alone}"
-    assert checks.check_alone in train_sft.CHECKS and checks.check_alone in make_instructions.CHECKS
+    assert checks.check_alone in make_instructions.CHECKS
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [((6, 0), None), ((12, 3), None), ((12, 4), "MINI_BATCH_SIZE is 4"), ((8, 0), "BATCH_SIZE is 8"),
+     ((2, 0), None)],
+)  # fmt: skip
+def test_minibatches_that_the_processes_can_not_share_evenly(monkeypatch, sizes, told):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    problem = f"{told}: give a multiple of 3, the number of processes" if told else None
+    assert problem_of(checks.check_shares, *sizes) == problem
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert problem_of(checks.check_shares, *sizes) is None
 
 
 TARGET = "TARGET_APPROX_KL is 0.008: give 0, for a single update of a step can't be measured"

@@ -127,7 +127,7 @@ def test_flags_leave_the_constants_alone(read_settings):
 # ---------------------------------------------------------------------- types and limits
 LIMITS = [
     (int, 0, 2**32 - 1, "seed"),
-    (int, 0, 10**6, "mini_batch_size save_every eval_every scale_samples"),
+    (int, 0, 10**6, "mini_batch_size save_every eval_every max_prefixes scale_samples"),
     (int, 1, 10**6, "batch_size eval_batch_size log_every eval_samples max_new_tokens"),
     (int, 1, 10**6, "ppo_epochs lora_rank lora_alpha requests examples min_words max_words"),
     (int, 2, 10**6, "max_length"),

@@ -11,7 +11,7 @@ from test_labels import NO_END, append_an_end, talk
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, OPTConfig
 
 import train_sft
-from finetune.batches import make_collator
+from finetune.batches import make_collator, order_of
 from finetune.checkpoint import read_checkpoint
 from finetune.errors import RunError, SettingsError
 from finetune.fields import Tally
@@ -19,7 +19,7 @@ from finetune.held_out import answers, query_of, ratio
 from finetune.labels import tokenize
 from finetune.output import claim_output
 from finetune.settings import read_settings
-from finetune.supervised import Stage, fit, order_of
+from finetune.supervised import Stage, fit
 
 STEPS = 6
 

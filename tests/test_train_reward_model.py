@@ -55,7 +55,7 @@ def test_the_margin_of_each_comparison_and_their_loss(demo_model):
     assert batch["signs"].tolist() == [1, -1, -1, 1, -1, 1]
     glad, one, long, end = scores_alone(model, tokenizer, TEXTS)
     with torch.no_grad():
-        margins, scores = margins_of(model, batch)
+        margins, scores = margins_of(model, batch, model.dtype)
         loss = ComparisonTrainer.compute_loss(None, model, batch).item()
     wanted = [glad - long, -one, end - glad, long]
     assert margins.tolist() == pytest.approx(wanted, abs=1e-4)
