@@ -100,6 +100,29 @@ def test_the_workflow_calls_what_ci_runs():
     assert "has not been run on GitHub" in text
 
 
+def test_what_was_measured_has_its_source():
+    """The README's tables stand in benchmarks/ too, beside commit, seed and machine."""
+
+    def rows(section):
+        text = TEXTS["README.md"].partition(f"## {section}\n")[2].partition("\n## ")[0]
+        table = [line for line in text.splitlines() if line.startswith("| ")]
+        return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table[1:]]
+
+    demo = (ROOT / "benchmarks" / "demo.md").read_text(encoding="utf-8")
+    said = rows("Before and after")
+    assert len(said) == 4
+    for row in said:
+        assert f"| {' | '.join(row)} |" in demo, row
+    for figure in re.findall(r"\d+\.\d %", TEXTS["README.md"]):
+        assert f"| {figure} |" in demo, figure
+
+    shape = (ROOT / "benchmarks" / "tinyllama_shape.md").read_text(encoding="utf-8")
+    ((_, _, *figures),) = rows("TinyLlama")
+    assert f"| {' | '.join(figures)} |" in shape
+    for text in (demo, shape):
+        assert re.match(r"Commit [0-9a-f]{7}, ", text)
+
+
 # ---------------------------------------------------------------------------- the links
 def anchors(path):
     """Return the anchors of the headings of a file, as GitHub makes them."""
