@@ -78,7 +78,7 @@ EVAL_PROMPTS = [  # never trained on, but measured; [] = off
     "I woke up feeling",
 ]  # fmt: skip
 EVAL_SHARE = 0.1  # of PROMPTS in a file: held out in place of EVAL_PROMPTS; 0 = those are
-PROMPT_FIELD = "auto"  # of a row; auto = the first of prompt, messages, instruction, …: see README
+PROMPT_FIELD = "auto"  # of a row; auto = the first of prompt, messages, …: see docs/data.md
 CHAT_TEMPLATE = False  # True = a prompt is what a user says, put into the tokenizer's template
 
 # --- Reward
