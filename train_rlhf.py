@@ -251,7 +251,6 @@ def run(settings: Settings) -> None:
 
         train(learner, rows, metrics, checkpoint)
         measure_and_save(learner, rows, prompts.eval_rows, metrics)
-    trainer.accelerator.end_training()
 
 
 def load(settings: Settings, prompts: Prompts) -> tuple[Learner, Prompts, Scale | None]:
