@@ -12,7 +12,7 @@ from finetune.words import word_spans
 
 POINTS = 400  # of a curve, at most
 PROMPTS_SHOWN = 12  # of those to train on, and of those held out
-PAIRS_SHOWN = 6  # of responses before and after, to each of these
+PAIRS_SHOWN = 4  # of responses before and after, to each of these
 LONGEST_TEXT = 400  # characters of a text of which there are many
 STEPS_SHOWN = 30  # so many have to fit: a step takes no more room than that leaves
 

@@ -53,6 +53,12 @@ const TITLES = {
   train_reward_model: "a reward model",
 };
 
+const LEARNED_FROM = {
+  train_rlhf: "samples",
+  train_sft: "examples",
+  train_reward_model: "comparisons",
+};
+
 function showHeader() {
   for (const element of document.querySelectorAll(".only")) {
     if (!element.classList.contains(run.script)) element.remove();
@@ -64,7 +70,7 @@ function showHeader() {
   const facts = [];
   if (run.reward) facts.push(`reward ${run.reward}`);
   if (run.data) facts.push(`data ${run.data}`);
-  facts.push(`${whole(run.samples)} ${run.script === "train_rlhf" ? "samples" : "examples"}`);
+  facts.push(`${whole(run.samples)} ${LEARNED_FROM[run.script]}`);
   facts.push(`${whole(run.step)} steps`);
   facts.push(`${run.seconds.toFixed(0)} seconds${run.device ? ` on ${run.device}` : ""}`);
   facts.push(`seed ${run.seed}`);
@@ -564,35 +570,46 @@ function showMeasured() {
   const section = byId("measured");
   section.hidden = false;
   if (run.is_rule) byId("measured-help").textContent = "Marked are the words that count.";
-  for (const row of run.measured) {
+  const groups = run.measured.map((row) => {
     const fewer = row.count > row.pairs.length ? `, the first ${row.pairs.length} of ${row.count}` : "";
-    const title = make("h3", {}, row.prompt, " …");
-    const count = `${row.held_out ? "held out, never trained on" : "trained on"}${fewer}`;
-    title.append(" ", make("span", { class: "count" }, count));
-    section.append(title, pairsTable(row.pairs.map((pair) => pair.map(measuredCell))));
-  }
+    return {
+      title: `${row.prompt} …`,
+      note: `${row.held_out ? "held out, never trained on" : "trained on"}${fewer}`,
+      pairs: row.pairs.map(([before, after]) => [
+        measuredCell(before, `score ${signed(before.score)}`),
+        measuredCell(after, `score ${signed(after.score)}, KL ${plain(after.kl)}`),
+      ]),
+    };
+  });
+  section.append(pairsTable(groups));
 }
 
-function measuredCell(response) {
-  const figures = `score ${signed(response.score)}, KL ${plain(response.kl)}`;
+function measuredCell(response, figures) {
   return make("td", {}, saidWithMarks(response), make("span", { class: "count" }, figures));
 }
 
-function pairsTable(pairs) {
-  const head = make("tr", {}, make("th", { scope: "col" }, "Before"), make("th", { scope: "col" }, "After"));
-  const body = make("tbody");
-  for (const cells of pairs) body.append(make("tr", {}, ...cells));
-  return make("table", { class: "pairs" }, make("thead", {}, head), body);
+// Return a table of cells before and after, in groups that have a title and a note each.
+function pairsTable(groups) {
+  const titles = ["Before", "After"].map((text) => make("th", { scope: "col" }, text));
+  const table = make("table", { class: "pairs" }, make("thead", {}, make("tr", {}, ...titles)));
+  for (const { title, note, pairs } of groups) {
+    const about = make("th", { class: "group", colspan: 2, scope: "rowgroup" }, title, " ");
+    about.append(make("span", { class: "count" }, note));
+    const rows = pairs.map((cells) => make("tr", {}, ...cells));
+    table.append(make("tbody", {}, make("tr", {}, about), ...rows));
+  }
+  return table;
 }
 
 // ----------------------------------------------------------- the stages before PPO
 function showAnswers() {
   const section = byId("answers");
   section.hidden = !run.answers.length;
-  for (const { prompt, before, after } of run.answers) {
-    const cells = [before, after].map((text) => make("td", { class: "said" }, text));
-    section.append(make("h3", {}, prompt), pairsTable([cells]));
-  }
+  const groups = run.answers.map(({ prompt, before, after }) => {
+    const cells = [before, after].map((text) => make("td", { class: "said" }, text.trim()));
+    return { title: prompt, note: "", pairs: [cells] };
+  });
+  section.append(pairsTable(groups));
 }
 
 function showExamples() {

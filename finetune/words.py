@@ -1,7 +1,9 @@
 """Whole words in a text, whatever script they are in."""
 
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate
 
 # The names of letters whose scripts put no spaces between words begin with one of these.
 WITHOUT_SPACES = (
@@ -46,21 +48,24 @@ def plain_spans(text: str, words: list[str], before: str) -> Iterator[tuple[int,
 def word_spans(text: str, words: list[str], before: str = "") -> list[tuple[int, int]]:
     """Return where the words that count begin and end in a text, in order; see has_word."""
     spans = {*plain_spans(text, words, before)}
-    if not text.isascii():
-        spans = {span_in_text(text, first, last) for first, last in spans}
-    return sorted(spans)
+    if text.isascii() or not spans:
+        return sorted(spans)
+    lengths = plain_lengths(text)
+    in_text = set()
+    for first, last in spans:
+        start = bisect_right(lengths, first) - 1
+        end = bisect_right(lengths, last) - 1
+        in_text.add((start, end))
+    return sorted(in_text)
 
 
-def span_in_text(text: str, first: int, last: int) -> tuple[int, int]:
-    """Return where in a text that stands which is between two places of the plain text."""
-    start = end = 0
-    for place in range(len(text) + 1):
-        length = len(plain(text[:place]))
-        if length <= first:
-            start = place
-        if length <= last:
-            end = place
-    return start, end
+def plain_lengths(text: str) -> list[int]:
+    """Return how long the plain text is up to each place of a text, its end included."""
+    letters = [plain(letter) for letter in text]
+    if "".join(letters) == plain(text):
+        return [0, *accumulate(len(letter) for letter in letters)]
+    # Somewhere an accent joins the letter before it.
+    return [len(plain(text[:place])) for place in range(len(text) + 1)]
 
 
 def plain(text: str) -> str:
