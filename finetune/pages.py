@@ -48,6 +48,7 @@ def head_of(files: RunFiles) -> Row:
         "is_rule": is_rule(files),
         "data": settings.get("data"),
         "kl_coef": settings.get("kl_coef"),
+        "score_prefixes": settings.get("score_prefixes"),
         "seed": settings["seed"],
         "step": last["step"],
         "total_steps": files.total_steps,

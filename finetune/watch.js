@@ -238,7 +238,7 @@ function drawCurve() {
     curve.append(svg("text", { x, y: top + 18, "text-anchor": anchor }, whole(step)));
   }
   curve.append(svg("text", { x: 0, y: top + 18 }, "step"));
-  curve.append(svg("line", { id: "mark", class: "selected", y1: 4, y2: top + 4 }));
+  curve.append(svg("line", { id: "mark", class: "selected", y1: PANEL_TOP, y2: top + 4 }));
   markStep();
 }
 
@@ -331,8 +331,9 @@ function showFiguresOfStep(step) {
   const parts = [make("b", {}, `Step ${whole(step.step)}`), " of ", whole(run.step), ": score "];
   parts.push(make("b", { class: "more-text" }, signed(step.score)));
   if (step.success_rate !== null) parts.push(`, ${percent(step.success_rate, 0)} success`);
-  parts.push(`; KL ${plain(step.kl)} nats, which cost ${plain(step.kl_coef * step.kl)}`);
-  const scaled = step.reward + step.kl_coef * step.kl;
+  const price = step.kl === null ? null : step.kl_coef * step.kl;
+  parts.push(`; KL ${plain(step.kl)} nats, which cost ${plain(price)}`);
+  const scaled = step.reward + price;
   const isScaled = step.reward !== null && Math.abs(scaled - step.score) > 0.001;
   parts.push(isScaled ? `; on the scale of the training ${signed(scaled)}, and ` : "; ");
   parts.push(make("b", { class: "less-text" }, signed(step.reward)), " left.");
@@ -442,15 +443,20 @@ function saidWithMarks(response) {
 }
 
 // -------------------------------------------------------------------------- the tokens
-// Return a quantity of all tokens of a response.
+// Return a quantity of all tokens of a response; null where it is no number.
 function quantityOf(tokens, name) {
-  const price = (place) => run.kl_coef * tokens.kl[place];
-  if (name === "price") return tokens.kl.map((_, place) => price(place));
-  if (name === "reward") return tokens.score.map((score, place) => score - price(place));
-  if (name === "change") {
-    return tokens.logprob.map((logprob, place) => logprob - tokens.ref_logprob[place]);
-  }
+  if (name === "price") return tokens.kl.map((kl) => (kl === null ? null : run.kl_coef * kl));
+  if (name === "reward") return less(tokens.score, tokens.kl, run.kl_coef);
+  if (name === "change") return less(tokens.logprob, tokens.ref_logprob, 1);
   return tokens[name];
+}
+
+// Return first - factor * second for each token.
+function less(first, second, factor) {
+  return first.map((number, place) => {
+    const other = second[place];
+    return number === null || other === null ? null : number - factor * other;
+  });
 }
 
 // Return the size at which a colour is full: of 99 in 100 tokens on the page it is not reached.
@@ -492,12 +498,17 @@ function tokenPanel(response) {
       shown.quantity = row.dataset.quantity;
       colourTokens(panel, response);
     });
-    const sum = quantityOf(response.tokens, row.dataset.quantity).reduce((a, b) => a + b, 0);
-    if ("sums" in row.dataset) row.querySelector(".sum").textContent = exact(sum);
+    if ("sums" in row.dataset) {
+      const numbers = quantityOf(response.tokens, row.dataset.quantity);
+      const sum = numbers.includes(null) ? null : numbers.reduce((a, b) => a + b, 0);
+      row.querySelector(".sum").textContent = exact(sum);
+    }
   }
   panel.querySelector(".sum-help").textContent =
-    "The KLs of the tokens add up to the KL of the response, and what they earned to how much its " +
-    "score, as trained on, is above that of an empty response.";
+    "The KLs of the tokens add up to the KL of the response, and what they earned to " +
+    (run.score_prefixes
+      ? "how much its score, as trained on, is above that of an empty response."
+      : "its score, as trained on: the last token gets it all.");
   colourTokens(panel, response);
   chooseToken(panel, response, bestToken(response));
   return panel;
