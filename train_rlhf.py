@@ -182,6 +182,7 @@ from finetune.checkpoint import Checkpoint, check_resume
 from finetune.evaluation import measure_and_save, measure_scale
 from finetune.files import Row, hash_files
 from finetune.loading import load_model
+from finetune.logits import OutputHead, find_head, inputs_of
 from finetune.progress import Metrics
 from finetune.samples import add_tokens, keeps_tokens, samples_of_step
 from finetune.sampling import sample_responses
@@ -350,7 +351,7 @@ class PolicyWithValueHead(torch.nn.Module):
 
     def __init__(self, model: Any, temperature: float) -> None:
         super().__init__(model, summary_dropout_prob=0.0)
-        self.temperature = temperature
+        self.head = find_head(model, temperature)
         # This tells TRL that the base model is this one with its adapter off.
         self.is_peft_model = True
 
@@ -367,12 +368,12 @@ class PolicyWithValueHead(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, earned: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logprobs of all tokens at each place of the response, and its value.
+        """Return what the output head gets at each place of the response, and its value.
 
         input_ids, attention_mask: (batch, query length + response length), of pad_batch.
         earned: (batch, response length), what all tokens before each one have earned.
-        Returns float32 all_logprobs (batch, response length, vocabulary), of the logits
-        divided by TEMPERATURE as in sampling, and values (batch, response length).
+        Returns states (batch, response length, width), of which self.head makes logits,
+        and values (batch, response length).
 
         The value at t is what is still to come from token t on: a(h_t) + b(h_t) *
         earned_t, with h_t the hidden state before it, a and b learned. After a success
@@ -393,12 +394,17 @@ class PolicyWithValueHead(torch.nn.Module):
         if self.takes_places:
             inputs["logits_to_keep"] = places
 
-        logits, _, values = super().forward(**inputs, use_cache=False)
+        if self.head.layer is None:
+            states, _, values = super().forward(**inputs, use_cache=False)
+        else:
+            # The logits themselves are made where they are needed, a piece at a time.
+            with inputs_of(self.head.layer) as kept:
+                _, _, values = super().forward(**inputs, use_cache=False)
+            states = kept[0]
         if not self.takes_places:
-            logits = logits[:, places]
-        all_logprobs = torch.log_softmax(logits / self.temperature, dim=-1)
+            states = states[:, places]
         values = values[:, places]
-        return all_logprobs, values[..., 0] + values[..., 1] * earned
+        return states, values[..., 0] + values[..., 1] * earned
 
 
 class CausalPolicy(PolicyWithValueHead, trl.AutoModelForCausalLMWithValueHead):
@@ -425,7 +431,9 @@ def make_policy(model: Any, tokenizer: Tokenizer, settings: Settings) -> PolicyW
         if model.config.get_text_config() is not model.config:
             raise ValueError("it takes pictures or sound too")
         policy = policy_class(adapted, settings.temperature).to(model.device).eval()
-        models.check_padding(policy.pretrained_model, policy, tokenizer)
+        if not models.head_is_whole(policy, tokenizer):
+            policy.head = replace(policy.head, layer=None)
+        models.check_padding(policy, tokenizer)
     return policy
 
 
@@ -589,6 +597,128 @@ def stride_of(settings: Settings, scorer: Scorer) -> int:
     return math.ceil(settings.max_new_tokens / settings.max_prefixes)
 
 
+# ---------------------------------------------------------- what is needed of the logits
+class TokenStatistics(NamedTuple):
+    """What policy and base model say of tokens; all in nats, and of the same shape.
+
+    kl is KL(policy || base model) at the place of the token, entropy that of the policy.
+    """
+
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    kl: torch.Tensor
+    entropy: torch.Tensor
+
+
+def token_statistics(
+    states: torch.Tensor, ref_states: torch.Tensor, tokens: torch.Tensor, head: OutputHead
+) -> TokenStatistics:
+    """Return the statistics of tokens (batch, length), of states (batch, length, width).
+
+    All is a function of logits, but (batch, length, vocabulary) of them would fill the
+    memory: of a vocabulary of 150,000 each token has 0.6 MB. So they are made, used and
+    dropped in pieces of some rows.
+    """
+    statistics = InPieces.apply(
+        states.flatten(0, 1), ref_states.flatten(0, 1), tokens.flatten(), head
+    )
+    return TokenStatistics._make(column.view_as(tokens) for column in statistics)
+
+
+class InPieces(torch.autograd.Function):
+    """The statistics of tokens, and how they change with the states, a piece at a time.
+
+    With z the logits of a place, p the probabilities that they stand for, p_ref those of
+    the base model, and d = ln p - ln p_ref:
+
+        logprob of token a    ln p_a              its gradient by z    onehot_a - p
+        KL                    sum_v p_v d_v                            p (d - KL)
+        entropy               - sum_v p_v ln p_v                       it is only measured
+
+    The head takes a gradient by z to one by the state, of the model's width. Both are
+    computed on the way forward, while the piece is at hand, so that nothing is computed
+    twice, and backward is a sum of two small products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        ref_states: torch.Tensor,
+        tokens: torch.Tensor,
+        head: OutputHead,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the columns of TokenStatistics, each (rows,); states are (rows, width)."""
+        rows = rows_of_a_piece(states, head)
+        pieces = zip(states.split(rows), ref_states.split(rows), tokens.split(rows))
+        results = [statistics_of_piece(*piece, head, states.requires_grad) for piece in pieces]
+        statistics, gradients = zip(*results)
+        if states.requires_grad:
+            ctx.save_for_backward(*map(torch.cat, zip(*gradients)))
+        logprobs, ref_logprobs, kl, entropy = map(torch.cat, zip(*statistics))
+        ctx.mark_non_differentiable(ref_logprobs, entropy)
+        return logprobs, ref_logprobs, kl, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *weights: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient by the states, of how much each of the statistics weighs."""
+        of_logprobs, of_kl = ctx.saved_tensors
+        by_logprobs, _, by_kl, _ = weights
+        gradient = by_logprobs[:, None] * of_logprobs + by_kl[:, None] * of_kl
+        return gradient, None, None, None
+
+
+def statistics_of_piece(
+    states: torch.Tensor,
+    ref_states: torch.Tensor,
+    tokens: torch.Tensor,
+    head: OutputHead,
+    needs_gradient: bool,
+) -> tuple[TokenStatistics, tuple[torch.Tensor, ...]]:
+    """Return the statistics of some rows, and the gradients of logprobs and KL by the states.
+
+    What is computed in place, by functions that end in _, takes no memory of its own.
+    """
+    with torch.set_grad_enabled(needs_gradient):
+        states = states.detach().requires_grad_(needs_gradient)
+        logits = head(states)
+    all_logprobs = logits.detach().log_softmax(-1)
+    all_ref_logprobs = head(ref_states).log_softmax(-1)
+    probabilities = all_logprobs.exp()
+    logprobs = of_tokens(all_logprobs, tokens)
+    ref_logprobs = of_tokens(all_ref_logprobs, tokens)
+    entropy = -expectation(probabilities, all_logprobs)
+
+    differences = all_logprobs.sub_(all_ref_logprobs)
+    kl = expectation(probabilities, differences)
+    statistics = TokenStatistics(logprobs, ref_logprobs, kl, entropy)
+    if not needs_gradient:
+        return statistics, ()
+
+    by_kl = differences.sub_(kl[:, None]).mul_(probabilities)
+    (of_kl,) = torch.autograd.grad(logits, states, by_kl, retain_graph=True)
+    by_logprobs = probabilities.neg_()
+    by_logprobs[torch.arange(len(tokens)), tokens] += 1
+    (of_logprobs,) = torch.autograd.grad(logits, states, by_logprobs)
+    return statistics, (of_logprobs, of_kl)
+
+
+def expectation(probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the values of each row by its probabilities, (rows,)."""
+    return torch.einsum("rv,rv->r", probabilities, values)
+
+
+def rows_of_a_piece(states: torch.Tensor, head: OutputHead, numbers: int = 2**23) -> int:
+    """Return how many rows of logits are so many numbers, 32 MB in float32."""
+    vocabulary = states.shape[-1] if head.layer is None else head.layer.weight.shape[0]
+    return max(numbers // vocabulary, 1)
+
+
+def of_tokens(all_logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logprobs of the given tokens, (rows,), out of those of all, (rows, vocabulary)."""
+    return all_logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
 # --------------------------------------------------------------- advantages and returns
 def compute_advantages(
     values: torch.Tensor,
@@ -701,15 +831,15 @@ class Batch(NamedTuple):
 class PolicyPass(NamedTuple):
     """What the policy, and the base model beside it, say of the tokens of some responses.
 
-    kl is KL(policy || base model), entropy that of the policy, both in nats. All are
-    (responses, response length), all_ref_logprobs has the vocabulary as a third
-    dimension.
+    All are (responses, response length), but ref_states, of which the output head makes
+    the base model's logits: (responses, response length, width). kl is KL(policy || base
+    model), entropy that of the policy, both in nats.
     """
 
-    all_ref_logprobs: torch.Tensor
+    ref_states: torch.Tensor
+    values: torch.Tensor
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
-    values: torch.Tensor
     kl: torch.Tensor
     entropy: torch.Tensor
 
@@ -717,9 +847,11 @@ class PolicyPass(NamedTuple):
 class Experience(NamedTuple):
     """What a step learns from: logprobs and values as they were, and how it then went.
 
-    All are (batch, response length), and stay the same in all updates of the step.
+    All are (batch, response length), but the states of the base model, (batch, response
+    length, width); they stay the same in all updates of the step.
     """
 
+    ref_states: torch.Tensor
     logprobs: torch.Tensor
     values: torch.Tensor
     advantages: torch.Tensor
@@ -778,7 +910,8 @@ class ExactKLTrainer(trl.PPOTrainer):
         batch = self.make_batch(queries, responses, token_scores)
 
         # 1. Score and ref pass: the policy that sampled, and the base model.
-        logprobs, ref_logprobs, values, kl, first_pass = self.score_and_ref_pass(batch)
+        sampling_pass, first_pass = self.score_and_ref_pass(batch)
+        ref_states, values, logprobs, ref_logprobs, kl, _ = sampling_pass
 
         # 2. KL and rewards: what a token earns, less the price of its KL.
         kl = kl * batch.mask
@@ -790,7 +923,7 @@ class ExactKLTrainer(trl.PPOTrainer):
         )
 
         # 4. Updates: several passes over the batch, in minibatches.
-        experience = Experience(logprobs, values, advantages, returns)
+        experience = Experience(ref_states, logprobs, values, advantages, returns)
         updates, skipped_updates = self.take_updates(batch, experience, first_pass)
 
         # 5. Metrics: means over the updates, except approx_kl, which is of the whole step.
@@ -822,43 +955,34 @@ class ExactKLTrainer(trl.PPOTrainer):
         return Batch(inputs, tokens, mask, scores)
 
     # -------------------------------------------------------------------- the passes
-    def score_and_ref_pass(
-        self, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, PolicyPass | None]:
-        """Return logprobs, ref_logprobs, values and KL before the updates, and the pass or None.
+    def score_and_ref_pass(self, batch: Batch) -> tuple[PolicyPass, PolicyPass | None]:
+        """Return the pass of the policy that sampled, and the same with its gradient or None.
 
-        The four are (batch, response length). Where one minibatch is the whole batch,
-        the pass is kept with its gradient: it is that of the first update too.
+        Where one minibatch is the whole batch, the pass is kept with its gradient: it is
+        that of the first update too.
         """
         is_whole = self.config.mini_batch_size >= len(batch.mask)
-        logprobs = torch.zeros_like(batch.token_scores)
-        ref_logprobs = torch.zeros_like(batch.token_scores)
-        values = torch.zeros_like(batch.token_scores)
-        kl = torch.zeros_like(batch.token_scores)
-
+        sampling_pass = None
         order = torch.arange(len(batch.mask), device=batch.mask.device)
         for indices in order.split(self.config.mini_batch_size):
             own_indices = self.own_share(indices)
             minibatch = batch.minibatch(own_indices)
-            all_ref_logprobs = self.ref_pass(minibatch.inputs)
+            ref_states = self.ref_pass(minibatch.inputs)
             with torch.set_grad_enabled(is_whole):
-                policy_pass = self.policy_pass(minibatch, all_ref_logprobs)
-            logprobs[own_indices] = policy_pass.logprobs.detach()
-            ref_logprobs[own_indices] = policy_pass.ref_logprobs
-            values[own_indices] = policy_pass.values.detach()
-            kl[own_indices] = policy_pass.kl.detach()
+                policy_pass = self.policy_pass(minibatch, ref_states)
 
-        # Those of other processes are 0 here, so the sum over all processes has them
-        # all. No gradient goes through them: they are what this step is measured
-        # against.
-        logprobs = self.accelerator.reduce(logprobs, "sum")
-        ref_logprobs = self.accelerator.reduce(ref_logprobs, "sum")
-        values = self.accelerator.reduce(values, "sum")
-        kl = self.accelerator.reduce(kl, "sum")
+            # No gradient goes through what this step is measured against.
+            sampling_pass = sampling_pass or PolicyPass._make(
+                own.new_zeros(len(batch.mask), *own.shape[1:]) for own in policy_pass
+            )
+            for tensor, own in zip(sampling_pass, policy_pass):
+                tensor[own_indices] = own.detach()
 
-        # The only pass, where it was the only one, is that of the first update too.
-        first_pass = policy_pass if is_whole else None
-        return logprobs, ref_logprobs, values, kl, first_pass
+        # What other processes found is 0 here, so the sum over all processes has it all.
+        sampling_pass = PolicyPass._make(
+            self.accelerator.reduce(tensor, "sum") for tensor in sampling_pass
+        )
+        return sampling_pass, policy_pass if is_whole else None
 
     def own_share(self, indices: torch.Tensor) -> torch.Tensor:
         """Return the responses that this process takes on: all, where it is the only one."""
@@ -866,24 +990,17 @@ class ExactKLTrainer(trl.PPOTrainer):
         return shares[self.accelerator.process_index]
 
     def ref_pass(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return all_logprobs of the base model, which is the policy with its adapter off."""
+        """Return the states of the base model, which is the policy with its adapter off."""
         with torch.no_grad(), self.optional_peft_ctx():
-            all_ref_logprobs, _ = self.accelerator.unwrap_model(self.model)(**inputs)
-        return all_ref_logprobs
+            ref_states, _ = self.accelerator.unwrap_model(self.model)(**inputs)
+        return ref_states
 
-    def policy_pass(self, batch: Batch, all_ref_logprobs: torch.Tensor) -> PolicyPass:
+    def policy_pass(self, batch: Batch, ref_states: torch.Tensor) -> PolicyPass:
         """Return what the policy, as it is now, says of the responses of a minibatch."""
-        all_logprobs, values = self.model(**batch.inputs)
-        # This is sum_v p(v) ln(p(v) / p_ref(v)) at each token, with its gradient.
-        kl = self._kl_penalty(all_logprobs, all_ref_logprobs)
-        logprobs = of_tokens(all_logprobs, batch.tokens)
-        ref_logprobs = of_tokens(all_ref_logprobs, batch.tokens)
-
-        # It is told of updates alone.
-        entropy = torch.zeros_like(logprobs)
-        if torch.is_grad_enabled():
-            entropy = entropy_of(all_logprobs.detach())
-        return PolicyPass(all_ref_logprobs, logprobs, ref_logprobs, values, kl, entropy)
+        states, values = self.model(**batch.inputs)
+        head = self.accelerator.unwrap_model(self.model).head
+        statistics = token_statistics(states, ref_states, batch.tokens, head)
+        return PolicyPass(ref_states, values, *statistics)
 
     # ------------------------------------------------------------------- the updates
     def take_updates(
@@ -904,17 +1021,14 @@ class ExactKLTrainer(trl.PPOTrainer):
             for indices in order.split(self.config.mini_batch_size):
                 own_indices = self.own_share(indices)
                 minibatch = batch.minibatch(own_indices)
-                if first_pass is None:
-                    all_ref_logprobs = self.ref_pass(minibatch.inputs)
-                    policy_pass = self.policy_pass(minibatch, all_ref_logprobs)
-                elif epoch == 0:
+                own_experience = experience.minibatch(own_indices)
+                if first_pass is not None and epoch == 0:
                     policy_pass = first_pass
                 else:
-                    policy_pass = self.policy_pass(minibatch, first_pass.all_ref_logprobs)
+                    policy_pass = self.policy_pass(minibatch, own_experience.ref_states)
 
                 # Losses are means over tokens: a process counts by its share of them.
                 weight = minibatch.mask.sum() / batch.mask[indices].sum()
-                own_experience = experience.minibatch(own_indices)
                 figures, is_skipped = self.update(minibatch, own_experience, policy_pass, weight)
                 updates.append(figures)
                 skipped_updates += is_skipped
@@ -1005,38 +1119,22 @@ class ExactKLTrainer(trl.PPOTrainer):
             # Only the values depend on what was earned, and they are not asked here.
             token_scores = [torch.zeros(len(response)) for response in some_responses]
             batch = self.make_batch(queries[start : start + size], some_responses, token_scores)
-            all_ref_logprobs = self.ref_pass(batch.inputs)
-
-            all_logprobs = all_ref_logprobs
+            states = ref_states = self.ref_pass(batch.inputs)
             if not is_base:
                 with torch.no_grad():
-                    all_logprobs, _ = self.accelerator.unwrap_model(self.model)(**batch.inputs)
+                    states, _ = self.accelerator.unwrap_model(self.model)(**batch.inputs)
 
-            kl = self._kl_penalty(all_logprobs, all_ref_logprobs) * batch.mask
-            token_ref_logprobs = of_tokens(all_ref_logprobs, batch.tokens) * batch.mask
-            kls += kl.sum(1).tolist()
-            ref_logprobs += token_ref_logprobs.sum(1).tolist()
+            head = self.accelerator.unwrap_model(self.model).head
+            statistics = token_statistics(states, ref_states, batch.tokens, head)
+            kls += (statistics.kl * batch.mask).sum(1).tolist()
+            ref_logprobs += (statistics.ref_logprobs * batch.mask).sum(1).tolist()
         return kls, ref_logprobs
-
-
-def of_tokens(all_logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the logprobs of the given tokens, (batch, length), out of those of all."""
-    return all_logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def without_padding(tensor: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
     """Return what a tensor (batch, length) has of the tokens of each response, on the CPU."""
     lengths = mask.sum(1).tolist()
     return [row[:length] for row, length in zip(tensor.cpu(), lengths)]
-
-
-def entropy_of(logits: torch.Tensor) -> torch.Tensor:
-    """Return the entropy in nats of the distributions over the last dimension.
-
-    It is only measured: a bonus on it is not needed where the KL holds the policy.
-    """
-    probabilities = torch.softmax(logits, dim=-1)
-    return torch.logsumexp(logits, dim=-1) - (probabilities * logits).sum(-1)
 
 
 def make_trainer(
@@ -1058,7 +1156,6 @@ def make_trainer(
         max_grad_norm=settings.max_grad_norm,
         init_kl_coef=settings.kl_coef,
         adap_kl_ctrl=False,  # TRL's controller takes some 10,000 samples to act
-        kl_penalty="full",  # the exact KL
         cliprange=settings.clip_range,
         cliprange_value=settings.value_clip_range,
         vf_coef=settings.vf_coef,

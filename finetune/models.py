@@ -1,6 +1,6 @@
 """Models: loaded whole, adapted, saved as ordinary ones."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,17 +145,15 @@ def check_finite(model: torch.nn.Module) -> None:
 
 
 def check_padding(
-    model: Any,
-    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    policy: Any,
     tokenizer: transformers.PreTrainedTokenizerBase,
     length: int = 3,
 ) -> None:
     """Refuse a model that says something else when padded, or knows what follows.
 
-    model: generates; its generation config has the temperature. forward: takes input_ids,
-    attention_mask and earned; returns all_logprobs (batch, response length, vocabulary),
-    of logits divided by the temperature, and values. length: in tokens.
+    policy: the model with a value head, as train_rlhf.py has it. length: in tokens.
     """
+    model = policy.pretrained_model
     query = tokenizer("I am so very glad today", return_tensors="pt")["input_ids"][0]
     queries = [query[:2], query]  # beside the second the first is padded
     with torch.no_grad():
@@ -174,14 +172,37 @@ def check_padding(
         for count in (1, 2):
             responses = list(output.sequences[:count, -length:].cpu())
             inputs, mask = pad_batch(tokenizer, queries[:count], responses, model.device)
-            all_logprobs, _ = forward(**inputs, earned=mask.float())
-            logits = all_logprobs[0] * model.generation_config.temperature
+            states, _ = policy(**inputs, earned=mask.float())
+            logits = policy.head(states[0]) * policy.head.temperature
             probabilities = torch.softmax(logits, dim=-1)
 
             # This is 2 where nothing is alike; weights in 16 bits make 0.04.
             difference = (expected - probabilities).abs().sum(-1).mean()
             if difference > 0.2:
                 raise ValueError("padding, or what follows, changes its probabilities")
+
+
+def head_is_whole(policy: Any, tokenizer: transformers.PreTrainedTokenizerBase) -> bool:
+    """Return whether the head that was found makes the very logits that the model makes.
+
+    policy: the model with a value head, as train_rlhf.py has it.
+    """
+    head = policy.head
+    query = tokenizer("I am so very glad today", return_tensors="pt")["input_ids"][0]
+    inputs, mask = pad_batch(tokenizer, [query], [query[-2:]], policy.pretrained_model.device)
+    with torch.no_grad():
+        try:
+            states, _ = policy(**inputs, earned=mask.float())
+            logits = head(states)
+        # A model may make its logits without its head, or in another form.
+        except (AttributeError, IndexError, RuntimeError, TypeError):
+            return False
+        policy.head = replace(head, layer=None)
+        states, _ = policy(**inputs, earned=mask.float())
+        model_logits = policy.head(states)
+        policy.head = head
+    tolerance = 1e-4 if policy.pretrained_model.dtype == torch.float32 else 0.05
+    return torch.allclose(logits, model_logits, rtol=tolerance, atol=tolerance)
 
 
 # ----------------------------------------------------------------------- the adaptation
