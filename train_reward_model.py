@@ -12,7 +12,7 @@ and their ranking; or of a text and its label, 0 or 1. Texts or conversations.
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,7 @@ from finetune.judged import row_count, sequences_of, tokenize_comparisons
 from finetune.output import claim_output, describe_run, whole_results, write_report
 from finetune.processes import is_main_process, join_processes, pick_device, share_out
 from finetune.progress import Metrics, count_steps, progress
+from finetune.saving import as_saved, unquantized
 from finetune.supervised import Stage, announce, fit
 from finetune.tokens import check_ids
 
@@ -132,7 +133,10 @@ def run(settings: Settings) -> None:
         counts += f", {row_count(eval_examples)} rows held out"
         announce(stage, dtype, counts, data.tally)
         metrics, base = fit(stage, ComparisonTrainer)
-        trained = held_out.measure()
+        # What is saved is what is measured.
+        model = unquantized(model)
+        with as_saved(model):
+            trained = replace(held_out, model=model).measure()
         # Whoever loads the model as a scorer reads these.
         scale = {"score_mean": trained["score_mean"], "score_std": trained["score_std"]}
         more = {"score_accuracy": trained["accuracy"], "conversation_form": form}

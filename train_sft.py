@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,11 @@ from finetune.checkpoint import check_resume
 from finetune.held_out import Losses, answers, compare_answers, compare_figures, draw, ratio
 from finetune.hub import context_of, find_model
 from finetune.labels import Learned, tokenize_data
-from finetune.models import add_adapter, load_base_model, save_model
+from finetune.models import add_adapter, load_base_model
 from finetune.output import claim_output, describe_run, whole_results, write_report
 from finetune.processes import is_main_process, join_processes, pick_device, share_out
 from finetune.progress import Metrics, count_steps, progress
+from finetune.saving import as_saved, save_model, unquantized
 from finetune.supervised import Stage, announce, fit
 from finetune.tokens import check_ids, end_tokens, load_tokenizer
 
@@ -135,7 +136,10 @@ def run(settings: Settings) -> None:
         counts += f", {len(eval_learned.examples)} held out{forms_in_words(learned.rows)}"
         announce(stage, dtype, counts, data.tally)
         metrics, base = fit(stage)
-        trained = held_out.measure()
+        # What is saved is what is measured.
+        model = unquantized(model)
+        with as_saved(model):
+            trained = replace(held_out, model=model).measure()
         report = make_report(stage, metrics, base, trained, learned.rows)
 
         # The model is asked as it was taught to be, and generates behind its padding.
@@ -200,7 +204,13 @@ class HeldOut:
             "tokens": sum(counts),
             "nats": nats,
             "counts": counts,
-            "first_sample": self.answers(),
+            "first_sample": answers(
+                model=self.model,
+                tokenizer=self.tokenizer,
+                rows=self.rows[:6],
+                examples=self.examples[:6],
+                max_new_tokens=self.settings.max_new_tokens,
+            ),
         }
 
     def losses(self, examples: list[Row]) -> Losses:
@@ -219,16 +229,6 @@ class HeldOut:
             nats += losses.sum(1).tolist()
             counts += (labels != -100).sum(1).tolist()
         return Losses(nats, counts)
-
-    def answers(self) -> dict[str, str]:
-        """Return {what is asked: answer} of the first six rows."""
-        return answers(
-            model=self.model,
-            tokenizer=self.tokenizer,
-            rows=self.rows[:6],
-            examples=self.examples[:6],
-            max_new_tokens=self.settings.max_new_tokens,
-        )
 
 
 # --------------------------------------------------------------------------- the report

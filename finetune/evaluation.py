@@ -11,12 +11,12 @@ import torch
 from finetune.errors import RunError
 from finetune.files import Row
 from finetune.measurement import Measured, draw, make_report
-from finetune.models import save_model
 from finetune.output import whole_results, write_report
 from finetune.processes import is_main_process, random_numbers, share_out
 from finetune.progress import Metrics
 from finetune.prompts import is_turn, last_said
 from finetune.sampling import sample_responses
+from finetune.saving import as_saved, save_model, unquantized
 from finetune.scale import Scale, scale_of
 from finetune.summary import summarize
 from finetune.tokens import encode
@@ -40,10 +40,15 @@ def measure_and_save(learner: Any, rows: list[Row], eval_rows: list[Row], metric
     samples = settings.eval_samples
     print(f"\nMeasuring before and after, {samples} samples each time", flush=True)
     base = {"train_prompts": measure(learner, rows, samples, number=1, base=True)}
-    trained = {"train_prompts": measure(learner, rows, samples, number=1, base=False)}
     if eval_rows:
         base["eval_prompts"] = measure(learner, eval_rows, samples, number=2, base=True)
-        trained["eval_prompts"] = measure(learner, eval_rows, samples, number=2, base=False)
+
+    # What is saved is what is measured.
+    learner.policy.pretrained_model = model = unquantized(model)
+    with as_saved(model):
+        trained = {"train_prompts": measure(learner, rows, samples, number=1, base=False)}
+        if eval_rows:
+            trained["eval_prompts"] = measure(learner, eval_rows, samples, number=2, base=False)
 
     report = make_report(
         base,

@@ -26,7 +26,7 @@ from transformers import (
 import make_instructions
 import train_rlhf
 import train_sft
-from finetune import command, models
+from finetune import command, saving
 from finetune.checkpoint import trained_weights
 from finetune.errors import shorten
 from finetune.loading import load_model
@@ -191,7 +191,7 @@ def trained(folder, make, tmp_path_factory):
 
     built.greedy = greedy(built.model, built.tokenizer, PROMPTS)
     built.saved = tmp_path_factory.mktemp("saved")
-    models.save_model(built.model, built.tokenizer, built.settings, built.saved)  # merges it
+    saving.save_model(built.model, built.tokenizer, built.settings, built.saved)  # merges it
     built.plain = AutoModelForSeq2SeqLM.from_pretrained(built.saved).eval()
     return built
 
@@ -289,7 +289,7 @@ def test_a_step_with_smaller_weights(make, folders, tmp_path, flags):
     assert take_step(built)["skipped_updates"] == 0
     after = weights_of(built)
     assert not all(torch.equal(before[name], after[name]) for name in before)
-    models.save_model(built.model, built.tokenizer, built.settings, tmp_path)
+    saving.save_model(built.model, built.tokenizer, built.settings, tmp_path)
     saved = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert not getattr(saved, "is_quantized", False)
     assert len(greedy(saved, built.tokenizer, PROMPTS)) == 3

@@ -25,7 +25,7 @@ ORDER = [  # of the files in finetune/: each imports only from those before it
     *("errors", "words", "guests", "processes", "settings", "hub", "checks", "command"),
     *("hub_data", "fields", "files", "messages", "dialogues", "data", "prompts"),
     *("examples", "comparisons", "seed_tasks", "functions", "tokens", "chat", "labels"),
-    *("judged", "models", "loading", "scale", "beginnings", "classifiers", "scorers"),
+    *("judged", "models", "saving", "loading", "scale", "beginnings", "classifiers", "scorers"),
     *("checkpoint", "trackers", "progress", "output", "sampling", "batches", "supervised"),
     *("held_out", "heads", "writer", "self_instruct", "answers"),
     *("measurement", "summary", "evaluation"),
