@@ -38,6 +38,7 @@ def head_of(files: RunFiles) -> Row:
     """Return what the page begins with: what run it is, its result and its curve."""
     settings, last = files.settings, files.metrics[-1]
     report = files.report or {}
+    scale = report.get("scale", {})
     results = None
     if files.report is not None:
         results = {name: without_texts(report[name]) for name in ("base", "trained")}
@@ -56,7 +57,8 @@ def head_of(files: RunFiles) -> Row:
         "seconds": last["seconds"],
         "device": report.get("device"),
         "learned": report.get("learned"),
-        "accuracy": report.get("scale", {}).get("accuracy"),
+        "accuracy": scale.get("accuracy"),
+        "threshold": scale.get("threshold"),
         "results": results,
         "curve": curve_of(files.metrics),
     }
@@ -204,8 +206,9 @@ def best_token(tokens: Row | None) -> list[tuple[int, int]]:
     if max(scores) <= 0:
         return []
     place = scores.index(max(scores))
-    first = len("".join(tokens["text"][:place]))
-    return [(first, first + len(tokens["text"][place]))]
+    text = tokens["text"][place]
+    last = len("".join(tokens["text"][: place + 1]))
+    return [(last - len(text.lstrip()), last)]
 
 
 # ---------------------------------------------------------------------- before and after

@@ -31,11 +31,11 @@ function plain(number, digits = 2) {
   return signed(number, digits).replace("+", "");
 }
 
-// Return a number with the four digits that are known of it, and two places at least.
+// Return a number with the four digits that are known of it, in two to five places.
 function exact(number) {
   if (!number) return signed(number);
   const places = 3 - Math.floor(Math.log10(Math.abs(number)));
-  return signed(number, Math.min(Math.max(places, 2), 8)).replace(/(\.\d\d\d*?)0+$/, "$1");
+  return signed(number, Math.min(Math.max(places, 2), 5)).replace(/(\.\d\d\d*?)0+$/, "$1");
 }
 
 function percent(share, digits = 1) {
@@ -125,7 +125,7 @@ function showPolicyResult(before, after) {
   }
   const unit = run.is_rule
     ? "of responses have one of the positive words"
-    : "of responses are a success";
+    : `of responses score above ${plain(run.threshold)}`;
   showHeadline(percent(before.success_rate, 0), percent(after.success_rate, 0), unit);
   byId("verdict").textContent = `Mean score ${scores}, ${cost}. ${learnedOrNot()}`;
 }
@@ -157,7 +157,7 @@ function panelsOfRun() {
     const scaled = (rewards, kls) =>
       rewards.map((reward, i) => (reward === null ? null : reward + run.kl_coef * kls[i]));
     const score = {
-      name: "score",
+      name: isScaled() ? "score, as trained on" : "score",
       look: "more",
       xs,
       ys: scaled(curve.mean_reward, curve.mean_kl),
@@ -176,6 +176,14 @@ function panelsOfRun() {
     panels.push({ height: 140, series: [heldOut("accuracy", "held-out accuracy")] });
   }
   return panels;
+}
+
+// Return whether the scores were put on another scale before they were trained on.
+function isScaled() {
+  const { score, reward, kl } = run.curve;
+  return reward.some((left, i) => {
+    return left !== null && Math.abs(left + run.kl_coef * kl[i] - score[i]) > 0.01;
+  });
 }
 
 // Return what was measured on held-out rows: before, at some steps, and after.
@@ -333,9 +341,8 @@ function showFiguresOfStep(step) {
   if (step.success_rate !== null) parts.push(`, ${percent(step.success_rate, 0)} success`);
   const price = step.kl === null ? null : step.kl_coef * step.kl;
   parts.push(`; KL ${plain(step.kl)} nats, which cost ${plain(price)}`);
-  const scaled = step.reward + price;
-  const isScaled = step.reward !== null && Math.abs(scaled - step.score) > 0.001;
-  parts.push(isScaled ? `; on the scale of the training ${signed(scaled)}, and ` : "; ");
+  const scaled = step.reward === null ? null : step.reward + price;
+  parts.push(isScaled() ? `; as trained on the score is ${signed(scaled)}, and ` : "; ");
   parts.push(make("b", { class: "less-text" }, signed(step.reward)), " left.");
   byId("figures-of-step").replaceChildren(...parts);
 
@@ -355,7 +362,7 @@ function showWhichSteps() {
   }
   byId("mark-help").textContent = run.is_rule
     ? "Marked are the words that count."
-    : "Marked is the token that earned most.";
+    : "Marked is the token that earned most, where one earned something.";
 }
 
 function sortedBy(rows, name, descending) {

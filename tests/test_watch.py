@@ -379,6 +379,6 @@ def test_each_quantity_names_a_function_of_the_script():
 def test_where_there_are_no_words_the_token_is_marked_that_earned_most(tmp_path):
     folder = write_run(tmp_path, 2, reward="rewards.py:few_words")
     response = page_content(watch.write_page(folder))["steps"][0]["responses"][0]
-    assert response["marks"] == [[3, 9]]
-    assert response["response"][3:9] == " happy"
+    assert response["marks"] == [[4, 9]]
+    assert response["response"][4:9] == "happy"
     assert pages.best_token({"score": [-1.0, None, 0.0], "text": ["a", "b", "c"]}) == []
