@@ -280,7 +280,7 @@ def summarize(report: Row) -> str:
 Right: {accuracy} of {comparisons}, where {by_chance}.{advice}
 A score is {scale}: 0 is as likely chosen as rejected.
 
-The model is beside report.json and training.png. To train on it, and to score texts with it:
+The model is beside report.json and watch.html, which shows how it learned. To use it:
 
     python train_rlhf.py --reward {folder}
     python train_reward_model.py --output-dir {folder} --score "I feel good."

@@ -279,7 +279,7 @@ def summarize(report: Row, folder: str) -> str:
 Loss: {losses}, in nats a token, each token counting
 alike, over {trained["tokens"]} tokens of {trained["examples"]} held-out answers.{advice}
 
-The model is beside report.json and training.png. To load it:
+The model is beside report.json and watch.html, which shows how it learned. To load it:
 
     from transformers import pipeline
 

@@ -219,8 +219,12 @@ function ticksBetween(least, most, count = 3) {
   return ticks;
 }
 
+function widthOfCurve() {
+  return byId("curve").getBoundingClientRect().width;
+}
+
 function placeOfStep(step) {
-  const width = byId("curve").clientWidth;
+  const width = widthOfCurve();
   return LEFT + ((width - LEFT - RIGHT) * step) / Math.max(run.step, 1);
 }
 
@@ -228,7 +232,7 @@ function drawCurve() {
   const curve = byId("curve");
   const panels = panelsOfRun();
   const height = panels.reduce((sum, panel) => sum + PANEL_TOP + panel.height, 30);
-  const width = curve.clientWidth;
+  const width = widthOfCurve();
   curve.replaceChildren();
   curve.setAttribute("viewBox", `0 0 ${width} ${height}`);
   curve.setAttribute("height", height);
