@@ -21,7 +21,7 @@ from finetune.sampling import sample_responses
 from finetune.scale import Scale, scale_of
 from finetune.summary import summarize
 from finetune.tokens import encode
-from finetune.watch import write_page
+from finetune.watch import add_page
 
 
 def measure_scale(learner: Any, rows: list[Row]) -> Scale:
@@ -64,7 +64,7 @@ def measure_and_save(learner: Any, rows: list[Row], eval_rows: list[Row], metric
             draw(report, scores, metrics, folder / "training.png")
             write_report(report, summarize(report, "."), folder)
             write_measured(base, trained, folder / "measured.jsonl")
-            write_page(Path(settings.output_dir), folder)
+            add_page(Path(settings.output_dir), folder)
     print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
 
 

@@ -288,6 +288,25 @@ def test_a_run_without_tokens_has_a_page_too(tmp_path):
     assert [len(step["responses"]) for step in content["steps"]] == [10] * 3
 
 
+def test_a_file_that_was_spoiled_costs_a_run_its_page_and_nothing_else(
+    call_main, demo_model, tmp_path, capsys
+):
+    flags = ["--model-name", demo_model, "--device", "cpu", "--batch-size", "4"]
+    flags += ["--eval-samples", "4", "--eval-prompts", "--max-new-tokens", "4"]
+    assert call_main(*flags, "--training-epochs", "1") == 0
+    folder = tmp_path / "trained_model"
+    lines = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+    (folder / "samples.jsonl").write_text("".join(["no JSON\n", *lines[1:]]))
+    (folder / "watch.html").unlink()
+    capsys.readouterr()
+    assert call_main(*flags, "--training-epochs", "2", "--resume") == 0
+    out, err = capsys.readouterr()
+    told = "There is no watch.html, for trained_model/samples.jsonl, line 1, can't be read ("
+    assert told in out and err == ""
+    assert json.loads((folder / "report.json").read_text())["samples"] == 12
+    assert not (folder / "watch.html").exists()
+
+
 def test_a_disk_that_is_full_is_told_in_a_line(tmp_path, monkeypatch, capsys):
     folder = write_run(tmp_path, 2)
 
