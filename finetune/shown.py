@@ -13,6 +13,7 @@ from finetune.samples import token_texts
 
 # How many examples are shown of those to train on, and of those held out.
 EXAMPLES_SHOWN = 6
+TOKENS_SHOWN = 1000  # of an example; of a longer one the last, for the answer is at the end
 
 # How many held-out comparisons are shown, each with the scores of its texts.
 COMPARISONS_SHOWN = 200
@@ -28,11 +29,13 @@ def write_learned(
     lines = []
     for held_out, shown in ((True, eval_learned), (False, learned)):
         for example, row in zip(shown.examples[:EXAMPLES_SHOWN], shown.rows):
+            ids = example["input_ids"][-TOKENS_SHOWN:]
+            labels = example["labels"][-TOKENS_SHOWN:]
             line = {
                 "held_out": held_out,
                 "asked": row["shown"],
-                "text": names_and_texts(tokenizer, example["input_ids"]),
-                "learned": [label != -100 for label in example["labels"]],
+                "text": names_and_texts(tokenizer, ids),
+                "learned": [label != -100 for label in labels],
             }
             lines.append(line)
     write_lines(path, lines)

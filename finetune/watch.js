@@ -79,7 +79,8 @@ function showHeader() {
   if (!run.results) {
     const done = `${whole(run.step)} of ${whole(run.total_steps)} steps are done`;
     byId("status").textContent =
-      `The run still goes on, or was stopped: ${done}. What the model says after it is not known yet.`;
+      `The run still goes on, or was stopped: ${done}. ` +
+      "What comes of it is not known yet.";
     byId("status").hidden = false;
   }
 }
@@ -101,7 +102,7 @@ function showResult() {
   const { base, trained } = run.results;
   if (run.script === "train_rlhf") showPolicyResult(base.train_prompts, trained.train_prompts);
   if (run.script === "train_sft") {
-    showHeadline(base.loss.toFixed(2), trained.loss.toFixed(2), "nats a token: the held-out loss");
+    showHeadline(plain(base.loss), plain(trained.loss), "nats a token: the held-out loss");
     const count = `${whole(trained.tokens)} tokens of ${whole(trained.examples)} held-out answers`;
     byId("verdict").textContent = `Over ${count}. ${learnedOrNot()}`;
   }
@@ -593,7 +594,8 @@ function showMeasured() {
   section.hidden = false;
   if (run.is_rule) byId("measured-help").textContent = "Marked are the words that count.";
   const groups = run.measured.map((row) => {
-    const fewer = row.count > row.pairs.length ? `, the first ${row.pairs.length} of ${row.count}` : "";
+    const isCut = row.count > row.pairs.length;
+    const fewer = isCut ? `, the first ${row.pairs.length} of ${row.count}` : "";
     return {
       title: `${row.prompt} …`,
       note: `${row.held_out ? "held out, never trained on" : "trained on"}${fewer}`,

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from finetune import pages, samples, watch
+from finetune import pages, samples, shown, watch
+from finetune.labels import Learned
 from finetune.tokens import load_tokenizer, texts_of
 from finetune.words import has_word, word_spans
 
@@ -183,13 +185,13 @@ def test_the_page_of_a_run(trained):
         json.loads((trained / "report.json").read_text()),
     )
     assert [step["step"] for step in content["steps"]] == [*range(1, 9)]
-    shown = [response for step in content["steps"] for response in step["responses"]]
-    assert [response["tokens"] for response in shown] == [row["tokens"] for row in rows]
+    responses = [response for step in content["steps"] for response in step["responses"]]
+    assert [response["tokens"] for response in responses] == [row["tokens"] for row in rows]
     assert (
         content["results"]["trained"]["train_prompts"]["kl"]
         == report["trained"]["train_prompts"]["kl"]
     )
-    for response in shown:
+    for response in responses:
         words = [response["response"][first:last] for first, last in response["marks"]]
         assert bool(words) == (response["score"] > 0)
 
@@ -275,6 +277,15 @@ def test_the_report_of_an_earlier_end_says_nothing_of_a_run_that_went_on(tmp_pat
     assert page_content(watch.write_page(folder))["results"] is None
     (folder / "report.json").write_text(json.dumps(report | {"samples": 50}))
     assert page_content(watch.write_page(folder))["results"] is not None
+
+
+def test_figures_that_are_not_finite_are_no_hindrance(tmp_path):
+    folder = write_run(tmp_path, 5)
+    figures = {"loss": math.nan, "calibration": [{"observed": math.inf}], "first_sample": {}}
+    report = {"samples": 50, "device": "CPU", "learned": False, "base": figures, "trained": figures}
+    (folder / "report.json").write_text(json.dumps(report))
+    results = page_content(watch.write_page(folder))["results"]
+    assert results["base"] == {"loss": None, "calibration": [{"observed": None}]}
 
 
 def test_a_run_without_tokens_has_a_page_too(tmp_path):
@@ -403,3 +414,46 @@ def test_where_there_are_no_words_the_token_is_marked_that_earned_most(tmp_path)
     assert response["marks"] == [[4, 9]]
     assert response["response"][4:9] == "happy"
     assert pages.best_token({"score": [-1.0, None, 0.0], "text": ["a", "b", "c"]}) == []
+
+
+# ---------------------------------------------------------------- the stages before PPO
+def test_the_tokens_of_an_example_are_its_text_with_special_ones_by_name(demo_model):
+    tokenizer = load_tokenizer(demo_model)
+    ids = tokenizer("Say 😀, please")["input_ids"] + [tokenizer.eos_token_id]
+    texts = shown.names_and_texts(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert (texts[0], texts[-1]) == (tokenizer.bos_token, tokenizer.eos_token)
+    assert "".join(texts[1:-1]).strip() == "Say 😀, please"
+
+
+def test_of_a_long_example_the_end_is_shown_where_the_answer_is(demo_model, tmp_path):
+    tokenizer = load_tokenizer(demo_model)
+    ids = tokenizer(" dog" * 3000)["input_ids"]
+    labels = [-100] * (len(ids) - 2) + ids[-2:]
+    learned = Learned([{"input_ids": ids, "labels": labels}] * 9, [{"shown": "dog"}] * 9)
+    shown.write_learned(tokenizer, learned, learned, tmp_path / "learned.jsonl")
+    rows = read_rows(tmp_path / "learned.jsonl")
+    assert [row["held_out"] for row in rows] == [True] * 6 + [False] * 6
+    for row in rows:
+        assert len(row["text"]) == len(row["learned"]) == 1000
+        assert row["learned"] == [False] * 998 + [True] * 2
+
+
+def test_of_many_comparisons_an_even_choice_is_scored_and_written(tmp_path):
+    @dataclass(frozen=True)
+    class HeldOut:
+        examples: list
+
+        def margins_and_scores(self):
+            texts = [text for example in self.examples for text in example["texts"]]
+            return None, {text: float(len(text)) for text in texts}
+
+    pairs = [{"texts": ("a" * n, "b"), "signs": (1.0, -1.0)} for n in range(1, 500)]
+    labelled = [{"texts": ("bad",), "signs": (-1.0,)}]
+    path = tmp_path / "compared.jsonl"
+    shown.write_compared(HeldOut(pairs), path)
+    rows = read_rows(path)
+    assert [row["better_score"] for row in rows] == [*range(1, 500, 3)]
+    shown.write_compared(HeldOut(labelled), path)
+    wanted = {"better": None, "better_score": None, "worse": "bad", "worse_score": 3.0}
+    assert read_rows(path) == [wanted]
