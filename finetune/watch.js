@@ -363,7 +363,7 @@ function showWhichSteps() {
     const few = numbers.slice(0, 3).map(whole).join(", ");
     byId("which-steps").textContent =
       `Of ${whole(run.step)} steps, ${numbers.length} are kept here, an even choice: ${few} …` +
-      ` ${whole(numbers.at(-1))}.`;
+      ` ${whole(numbers.at(-1))}. The responses of all steps are in samples.jsonl.`;
   }
   byId("mark-help").textContent = run.is_rule
     ? "Marked are the words that count."
