@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import command
+from finetune import command, watch
 from finetune.checks import OF_TRAINING, check_shares
 from finetune.comparisons import COMPARISONS, check_data, check_head
 from finetune.data import read_data
@@ -92,6 +92,7 @@ from finetune.judged import row_count, sequences_of, tokenize_comparisons
 from finetune.output import claim_output, describe_run, whole_results, write_report
 from finetune.processes import is_main_process, join_processes, pick_device, share_out
 from finetune.progress import Metrics, count_steps, progress
+from finetune.shown import write_compared
 from finetune.supervised import Stage, announce, fit
 from finetune.tokens import check_ids
 
@@ -143,6 +144,8 @@ def run(settings: Settings) -> None:
                 save_with_head(model, tokenizer, settings, folder)
                 draw(report, metrics, folder / "training.png")
                 write_report(report, summarize(report), folder)
+                write_compared(held_out, folder / "compared.jsonl")
+                watch.add_page(Path(settings.output_dir), folder)
         print(summarize(report), flush=True)
 
 
@@ -262,7 +265,7 @@ def summarize(report: Row) -> str:
 Right: {accuracy} of {comparisons}, where {by_chance}.{advice}
 A score is {scale}: 0 is as likely chosen as rejected.
 
-The model is beside report.json and training.png. To train on it, and to score texts with it:
+The model is beside report.json and watch.html, which shows how it learned. To use it:
 
     python train_rlhf.py --reward {folder}
     python train_reward_model.py --output-dir {folder} --score "I feel good."

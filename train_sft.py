@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import command
+from finetune import command, watch
 from finetune.checks import OF_TRAINING, check_shares
 from finetune.data import Data, read_data
 from finetune.errors import blame
@@ -108,6 +108,7 @@ from finetune.models import add_adapter, load_base_model, save_model
 from finetune.output import claim_output, describe_run, whole_results, write_report
 from finetune.processes import is_main_process, join_processes, pick_device, share_out
 from finetune.progress import Metrics, count_steps, progress
+from finetune.shown import write_learned
 from finetune.supervised import Stage, announce, fit
 from finetune.tokens import check_ids, end_tokens, load_tokenizer
 
@@ -146,6 +147,8 @@ def run(settings: Settings) -> None:
                 save_model(model, tokenizer, settings, folder)
                 draw(report, metrics, folder / "training.png")
                 write_report(report, summarize(report, "."), folder)
+                write_learned(tokenizer, learned, eval_learned, folder / "learned.jsonl")
+                watch.add_page(Path(settings.output_dir), folder)
         print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
 
 
@@ -187,11 +190,18 @@ class HeldOut:
     settings: Settings
 
     def measure(self, whole: bool = True) -> Row:
-        """Return the loss in nats a token; of the whole measurement answers, too."""
+        """Return the loss in nats a token; of the whole measurement six answers, too."""
         nats, counts = share_out(self.losses, self.examples)
         loss, error = ratio(nats, counts)
         if not whole:
             return {"loss": loss}
+        responses = answers(
+            self.model,
+            self.tokenizer,
+            self.rows[:6],
+            self.examples[:6],
+            self.settings.max_new_tokens,
+        )
         return {
             "loss": loss,
             "standard_error": error,
@@ -200,7 +210,7 @@ class HeldOut:
             "tokens": sum(counts),
             "nats": nats,
             "counts": counts,
-            "first_sample": self.answers(),
+            "first_sample": responses,
         }
 
     def losses(self, examples: list[Row]) -> Losses:
@@ -219,16 +229,6 @@ class HeldOut:
             nats += losses.sum(1).tolist()
             counts += (labels != -100).sum(1).tolist()
         return Losses(nats, counts)
-
-    def answers(self) -> dict[str, str]:
-        """Return {what is asked: answer} of the first six rows."""
-        return answers(
-            model=self.model,
-            tokenizer=self.tokenizer,
-            rows=self.rows[:6],
-            examples=self.examples[:6],
-            max_new_tokens=self.settings.max_new_tokens,
-        )
 
 
 # --------------------------------------------------------------------------- the report
@@ -279,7 +279,7 @@ def summarize(report: Row, folder: str) -> str:
 Loss: {losses}, in nats a token, each token counting
 alike, over {trained["tokens"]} tokens of {trained["examples"]} held-out answers.{advice}
 
-The model is beside report.json and training.png. To load it:
+The model is beside report.json and watch.html, which shows how it learned. To load it:
 
     from transformers import pipeline
 

@@ -203,7 +203,16 @@ def check_same_run(out, other, steps=STEPS):
     assert len(samples) == len(others)
     for sample, wanted in zip(samples, others):
         assert sample.pop("kl") == pytest.approx(wanted.pop("kl"), abs=1e-4)
+        check_same_tokens(sample.pop("tokens"), wanted.pop("tokens"))
         assert sample == wanted
+
+
+def check_same_tokens(tokens, others):
+    """Check that the figures of each token are the same, to rounding, whichever process had it."""
+    assert tokens.pop("text") == others.pop("text")
+    assert tokens.keys() == others.keys()
+    for name, numbers in tokens.items():
+        assert numbers == pytest.approx(others[name], rel=1e-2, abs=1e-3), name
 
 
 def check_same_report(out, other):
