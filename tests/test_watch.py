@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from finetune import pages, samples, shown, watch
+from finetune.held_out import Judged
 from finetune.labels import Learned
 from finetune.tokens import load_tokenizer, texts_of
 from finetune.words import has_word, word_spans
@@ -395,7 +396,7 @@ def test_each_quantity_names_a_function_of_the_script():
     functions = {node.name: ast.unparse(node) for node in ast.walk(tree) if isinstance(node, kinds)}
     # What stands there, and not only that it is there.
     lines = {
-        "score": "added = scaled.diff()",
+        "score": "earned[asked[1:] - 1] = scaled.diff()",
         "kl": "kl = self._kl_penalty(all_logprobs, all_ref_logprobs)",
         "price": "config.init_kl_coef * kl",
         "reward": "rewards = batch.token_scores - config.init_kl_coef * kl",
@@ -444,9 +445,9 @@ def test_of_many_comparisons_an_even_choice_is_scored_and_written(tmp_path):
     class HeldOut:
         examples: list
 
-        def margins_and_scores(self):
-            texts = [text for example in self.examples for text in example["texts"]]
-            return None, {text: float(len(text)) for text in texts}
+        def judge(self, examples):
+            scores = [[float(len(text)) for text in example["texts"]] for example in examples]
+            return Judged([0.0] * len(examples), scores)
 
     pairs = [{"texts": ("a" * n, "b"), "signs": (1.0, -1.0)} for n in range(1, 500)]
     labelled = [{"texts": ("bad",), "signs": (-1.0,)}]
