@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import command
+from finetune import command, watch
 from finetune.checks import OF_TRAINING, check_shares
 from finetune.comparisons import COMPARISONS, check_data, check_head
 from finetune.data import read_data
@@ -95,6 +95,7 @@ from finetune.output import claim_output, describe_run, whole_results, write_rep
 from finetune.processes import is_main_process, join_processes, pick_device, share_out
 from finetune.progress import Metrics, count_steps, progress
 from finetune.saving import as_saved, unquantized
+from finetune.shown import write_compared
 from finetune.supervised import Stage, announce, fit
 from finetune.tokens import check_ids
 
@@ -137,8 +138,9 @@ def run(settings: Settings) -> None:
         metrics, base = fit(stage, ComparisonTrainer)
         # What is saved is what is measured.
         model = unquantized(model)
+        held_out = replace(held_out, model=model)
         with as_saved(model):
-            trained = replace(held_out, model=model).measure()
+            trained = held_out.measure()
         # Whoever loads the model as a scorer reads these.
         scale = {"score_mean": trained["score_mean"], "score_std": trained["score_std"]}
         more = {"score_accuracy": trained["accuracy"], "conversation_form": form}
@@ -149,6 +151,8 @@ def run(settings: Settings) -> None:
                 save_with_head(model, tokenizer, settings, folder)
                 draw(report, metrics, folder / "training.png")
                 write_report(report, summarize(report), folder)
+                write_compared(held_out, folder / "compared.jsonl")
+                watch.add_page(Path(settings.output_dir), folder)
         print(summarize(report), flush=True)
 
 
@@ -269,7 +273,7 @@ def summarize(report: Row) -> str:
 Right: {accuracy} of {comparisons}, where {by_chance}.{advice}
 A score is {scale}: 0 is as likely chosen as rejected.
 
-The model is beside report.json and training.png. To train on it, and to score texts with it:
+The model is beside report.json and watch.html, which shows how it learned. To use it:
 
     python train_rlhf.py --reward {folder}
     python train_reward_model.py --output-dir {folder} --score "I feel good."

@@ -78,7 +78,7 @@ EVAL_PROMPTS = [  # never trained on, but measured; [] = off
     "I woke up feeling",
 ]  # fmt: skip
 EVAL_SHARE = 0.1  # of PROMPTS in a file: held out in place of EVAL_PROMPTS; 0 = those are
-PROMPT_FIELD = "auto"  # of a row; auto = the first of prompt, messages, instruction, …: see README
+PROMPT_FIELD = "auto"  # of a row; auto = the first of prompt, messages, …: see docs/data.md
 CHAT_TEMPLATE = False  # True = a prompt is what a user says, put into the tokenizer's template
 
 # --- Reward
@@ -184,6 +184,7 @@ from finetune.evaluation import measure_and_save, measure_scale
 from finetune.files import Row, hash_files
 from finetune.loading import load_model
 from finetune.progress import Metrics
+from finetune.samples import add_tokens, keeps_tokens, samples_of_step
 from finetune.sampling import sample_responses
 from finetune.scale import Scale
 from finetune.scorers import Scorer
@@ -252,7 +253,6 @@ def run(settings: Settings) -> None:
 
         train(learner, rows, metrics, checkpoint)
         measure_and_save(learner, rows, prompts.eval_rows, metrics)
-    trainer.accelerator.end_training()
 
 
 def load(settings: Settings, prompts: Prompts) -> tuple[Learner, Prompts, Scale | None]:
@@ -281,7 +281,7 @@ def train(learner: Learner, rows: list[Row], metrics: Metrics, checkpoint: Check
         try:
             for step in range(len(metrics) + 1, total_steps + 1):
                 batch = batch_of_step(step, rows, settings.batch_size, settings.seed)
-                rollout, stats, kls = take_step(learner, step, batch)
+                rollout, stats, token_figures = take_step(learner, step, batch)
                 stats["seconds"] = time.perf_counter() - start
                 record = measurement.make_record(
                     step,
@@ -293,9 +293,9 @@ def train(learner: Learner, rows: list[Row], metrics: Metrics, checkpoint: Check
                     prompt_count=len(rows),
                 )
                 metrics.append(record)
-                samples = measurement.samples_of_step(
-                    step, batch, rollout.texts, rollout.scores, kls
-                )
+                samples = samples_of_step(step, batch, rollout, token_figures)
+                if keeps_tokens(step, total_steps, settings):
+                    add_tokens(samples, learner.tokenizer, rollout, token_figures)
                 warnings = measurement.warnings_of(metrics, settings.max_new_tokens)
                 log.write(metrics, measurement.progress_text(metrics), samples, warnings)
                 progress.give_up_on_bad_numbers(metrics, "lower TARGET_APPROX_KL, or ")
@@ -318,10 +318,11 @@ def train(learner: Learner, rows: list[Row], metrics: Metrics, checkpoint: Check
 
 def take_step(
     learner: Learner, step: int, rows: list[Row]
-) -> tuple["Rollout", dict[str, float], list[float]]:
+) -> tuple["Rollout", dict[str, float], "TokenFigures"]:
     """Let the policy respond to the prompts of a step, and improve it by how that scored.
 
-    Returns what was said, and what ExactKLTrainer.step returns: its metrics and the KLs.
+    Returns what was said, and what ExactKLTrainer.step returns: its metrics and the
+    figures of each token.
     """
     # All that is random in a step, the numbers that its tokens are sampled with and the
     # order of its minibatches, follows from SEED and step: so a run can go on anywhere.
@@ -331,8 +332,10 @@ def take_step(
     numbers = processes.random_numbers(key, len(rows), settings.max_new_tokens)
 
     rollout = processes.share_out(sample_and_score, rows, numbers, learner=learner)
-    stats, kls = learner.trainer.step(rollout.queries, rollout.responses, rollout.token_scores)
-    return rollout, stats, kls
+    stats, token_figures = learner.trainer.step(
+        rollout.queries, rollout.responses, rollout.token_scores
+    )
+    return rollout, stats, token_figures
 
 
 # --------------------------------------------------------------------------- the policy
@@ -706,6 +709,7 @@ class PolicyPass(NamedTuple):
 
     all_ref_logprobs: torch.Tensor
     logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
     values: torch.Tensor
     kl: torch.Tensor
     entropy: torch.Tensor
@@ -725,6 +729,21 @@ class Experience(NamedTuple):
     def minibatch(self, indices: torch.Tensor) -> "Experience":
         """Return these responses of the batch."""
         return Experience._make(tensor[indices] for tensor in self)
+
+
+class TokenFigures(NamedTuple):
+    """What a step knew of each token before it learned: what one watches, token by token.
+
+    Lists with a 1-D float tensor for each response. scores: what its tokens earned.
+    ref_logprobs: of the base model.
+    """
+
+    scores: list[torch.Tensor]
+    kl: list[torch.Tensor]
+    values: list[torch.Tensor]
+    advantages: list[torch.Tensor]
+    logprobs: list[torch.Tensor]
+    ref_logprobs: list[torch.Tensor]
 
 
 UPDATE_METRICS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "entropy")
@@ -749,18 +768,18 @@ class ExactKLTrainer(trl.PPOTrainer):
         queries: list[torch.Tensor],
         responses: list[torch.Tensor],
         token_scores: list[torch.Tensor],
-    ) -> tuple[dict[str, float], list[float]]:
+    ) -> tuple[dict[str, float], TokenFigures]:
         """Improve the policy with one batch of responses.
 
         queries, responses: 1-D tensors of token ids. token_scores: what each token
-        earns, 1-D float tensors. Returns the step's metrics, and the KL of each
-        response in nats.
+        earns, 1-D float tensors. Returns the step's metrics, and the figures of each
+        token.
         """
         config = self.config
         batch = self.make_batch(queries, responses, token_scores)
 
         # 1. Score and ref pass: the policy that sampled, and the base model.
-        logprobs, values, kl, first_pass = self.score_and_ref_pass(batch)
+        logprobs, ref_logprobs, values, kl, first_pass = self.score_and_ref_pass(batch)
 
         # 2. KL and rewards: what a token earns, less the price of its KL.
         kl = kl * batch.mask
@@ -785,7 +804,9 @@ class ExactKLTrainer(trl.PPOTrainer):
             **means,
             "skipped_updates": skipped_updates,
         }
-        return metrics, kl.sum(1).tolist()
+        figures = (batch.token_scores, kl, values, advantages, logprobs, ref_logprobs)
+        unpadded = [without_padding(tensor, batch.mask) for tensor in figures]
+        return metrics, TokenFigures._make(unpadded)
 
     def make_batch(
         self,
@@ -804,14 +825,15 @@ class ExactKLTrainer(trl.PPOTrainer):
     # -------------------------------------------------------------------- the passes
     def score_and_ref_pass(
         self, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PolicyPass | None]:
-        """Return logprobs, values and KL of the policy that sampled, and its pass or None.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, PolicyPass | None]:
+        """Return logprobs, ref_logprobs, values and KL before the updates, and the pass or None.
 
-        The three are (batch, response length). Where one minibatch is the whole batch,
+        The four are (batch, response length). Where one minibatch is the whole batch,
         the pass is kept with its gradient: it is that of the first update too.
         """
         is_whole = self.config.mini_batch_size >= len(batch.mask)
         logprobs = torch.zeros_like(batch.token_scores)
+        ref_logprobs = torch.zeros_like(batch.token_scores)
         values = torch.zeros_like(batch.token_scores)
         kl = torch.zeros_like(batch.token_scores)
 
@@ -823,6 +845,7 @@ class ExactKLTrainer(trl.PPOTrainer):
             with torch.set_grad_enabled(is_whole):
                 policy_pass = self.policy_pass(minibatch, all_ref_logprobs)
             logprobs[own_indices] = policy_pass.logprobs.detach()
+            ref_logprobs[own_indices] = policy_pass.ref_logprobs
             values[own_indices] = policy_pass.values.detach()
             kl[own_indices] = policy_pass.kl.detach()
 
@@ -830,12 +853,13 @@ class ExactKLTrainer(trl.PPOTrainer):
         # all. No gradient goes through them: they are what this step is measured
         # against.
         logprobs = self.accelerator.reduce(logprobs, "sum")
+        ref_logprobs = self.accelerator.reduce(ref_logprobs, "sum")
         values = self.accelerator.reduce(values, "sum")
         kl = self.accelerator.reduce(kl, "sum")
 
         # The only pass, where it was the only one, is that of the first update too.
         first_pass = policy_pass if is_whole else None
-        return logprobs, values, kl, first_pass
+        return logprobs, ref_logprobs, values, kl, first_pass
 
     def own_share(self, indices: torch.Tensor) -> torch.Tensor:
         """Return the responses that this process takes on: all, where it is the only one."""
@@ -854,12 +878,13 @@ class ExactKLTrainer(trl.PPOTrainer):
         # This is sum_v p(v) ln(p(v) / p_ref(v)) at each token, with its gradient.
         kl = self._kl_penalty(all_logprobs, all_ref_logprobs)
         logprobs = of_tokens(all_logprobs, batch.tokens)
+        ref_logprobs = of_tokens(all_ref_logprobs, batch.tokens)
 
         # It is told of updates alone.
         entropy = torch.zeros_like(logprobs)
         if torch.is_grad_enabled():
             entropy = entropy_of(all_logprobs.detach())
-        return PolicyPass(all_ref_logprobs, logprobs, values, kl, entropy)
+        return PolicyPass(all_ref_logprobs, logprobs, ref_logprobs, values, kl, entropy)
 
     # ------------------------------------------------------------------- the updates
     def take_updates(
@@ -998,6 +1023,12 @@ class ExactKLTrainer(trl.PPOTrainer):
 def of_tokens(all_logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Return the logprobs of the given tokens, (batch, length), out of those of all."""
     return all_logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def without_padding(tensor: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    """Return what a tensor (batch, length) has of the tokens of each response, on the CPU."""
+    lengths = mask.sum(1).tolist()
+    return [row[:length] for row, length in zip(tensor.cpu(), lengths)]
 
 
 def entropy_of(logits: torch.Tensor) -> torch.Tensor:

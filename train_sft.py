@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import command
+from finetune import command, watch
 from finetune.checks import OF_TRAINING, check_shares
 from finetune.data import Data, read_data
 from finetune.errors import blame
@@ -99,18 +99,18 @@ command.silence_loggers()
 
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 
 from finetune.batches import make_collator
 from finetune.checkpoint import check_resume
-from finetune.held_out import Losses, answers, compare_answers, compare_figures, draw, ratio
+from finetune.held_out import answers, compare_answers, compare_figures, draw, losses_of, ratio
 from finetune.hub import context_of, find_model
 from finetune.labels import Learned, tokenize_data
 from finetune.models import add_adapter, load_base_model
 from finetune.output import claim_output, describe_run, whole_results, write_report
 from finetune.processes import is_main_process, join_processes, pick_device, share_out
-from finetune.progress import Metrics, count_steps, progress
+from finetune.progress import Metrics, count_steps
 from finetune.saving import as_saved, save_model, unquantized
+from finetune.shown import write_learned
 from finetune.supervised import Stage, announce, fit
 from finetune.tokens import check_ids, end_tokens, load_tokenizer
 
@@ -140,8 +140,9 @@ def run(settings: Settings) -> None:
         metrics, base = fit(stage)
         # What is saved is what is measured.
         model = unquantized(model)
+        held_out = replace(held_out, model=model)
         with as_saved(model):
-            trained = replace(held_out, model=model).measure()
+            trained = held_out.measure()
         report = make_report(stage, metrics, base, trained, learned.rows)
 
         # The model is asked as it was taught to be, and generates behind its padding.
@@ -152,6 +153,8 @@ def run(settings: Settings) -> None:
                 save_model(model, tokenizer, settings, folder)
                 draw(report, metrics, folder / "training.png")
                 write_report(report, summarize(report, "."), folder)
+                write_learned(tokenizer, learned, eval_learned, folder / "learned.jsonl")
+                watch.add_page(Path(settings.output_dir), folder)
         print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
 
 
@@ -193,11 +196,24 @@ class HeldOut:
     settings: Settings
 
     def measure(self, whole: bool = True) -> Row:
-        """Return the loss in nats a token; of the whole measurement answers, too."""
-        nats, counts = share_out(self.losses, self.examples)
+        """Return the loss in nats a token; of the whole measurement six answers, too."""
+        nats, counts = share_out(
+            losses_of,
+            self.examples,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            batch_size=self.settings.eval_batch_size,
+        )
         loss, error = ratio(nats, counts)
         if not whole:
             return {"loss": loss}
+        responses = answers(
+            self.model,
+            self.tokenizer,
+            self.rows[:6],
+            self.examples[:6],
+            self.settings.max_new_tokens,
+        )
         return {
             "loss": loss,
             "standard_error": error,
@@ -206,31 +222,8 @@ class HeldOut:
             "tokens": sum(counts),
             "nats": nats,
             "counts": counts,
-            "first_sample": answers(
-                model=self.model,
-                tokenizer=self.tokenizer,
-                rows=self.rows[:6],
-                examples=self.examples[:6],
-                max_new_tokens=self.settings.max_new_tokens,
-            ),
+            "first_sample": responses,
         }
-
-    def losses(self, examples: list[Row]) -> Losses:
-        """Return how well the model knows each of the examples."""
-        model, size = self.model, self.settings.eval_batch_size
-        collate = transformers.DataCollatorForSeq2Seq(self.tokenizer)
-        nats: list[float] = []
-        counts: list[int] = []
-        model.eval()
-        for start in progress(range(0, len(examples), size)):
-            batch = collate(examples[start : start + size]).to(model.device)
-            labels = batch.pop("labels")[:, 1:]
-            with torch.no_grad():
-                logits = model(**batch).logits[:, :-1].float()
-            losses = cross_entropy(logits.mT, labels, reduction="none")
-            nats += losses.sum(1).tolist()
-            counts += (labels != -100).sum(1).tolist()
-        return Losses(nats, counts)
 
 
 # --------------------------------------------------------------------------- the report
@@ -282,7 +275,7 @@ def summarize(report: Row, folder: str) -> str:
 Loss: {losses}, in nats a token, each token counting
 alike, over {trained["tokens"]} tokens of {trained["examples"]} held-out answers.{advice}
 
-The model is beside report.json and training.png. To load it:
+The model is beside report.json and watch.html, which shows how it learned. To load it:
 
     from transformers import pipeline
 

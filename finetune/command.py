@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from finetune.errors import RunError, SettingsError, Stopped, lacks_memory, shorten
-from finetune.processes import is_main_process
+from finetune.processes import is_main_process, leave_processes
 from finetune.settings import Check, TrainingSettings, read_settings
 
 DONE, FAILED, REFUSED = 0, 1, 2
@@ -134,6 +134,7 @@ def launch(run: Callable[[Any], None], settings: Any) -> int:
             silence_libraries()
             with nullcontext() if is_main_process() else redirect_stdout(io.StringIO()):
                 run(settings)
+            leave_processes()
             # Where the output can't be written, that is told here.
             print(end="", flush=True)
     except SettingsError as error:

@@ -4,13 +4,14 @@ import math
 import os
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from finetune.errors import RunError
 from finetune.files import Row
-from finetune.measurement import Measured, draw, make_report
+from finetune.measurement import Measured, draw, make_report, write_measured
 from finetune.output import whole_results, write_report
 from finetune.processes import is_main_process, random_numbers, share_out
 from finetune.progress import Metrics
@@ -20,6 +21,7 @@ from finetune.saving import as_saved, save_model, unquantized
 from finetune.scale import Scale, scale_of
 from finetune.summary import summarize
 from finetune.tokens import encode
+from finetune.watch import add_page
 
 
 def measure_scale(learner: Any, rows: list[Row]) -> Scale:
@@ -66,6 +68,8 @@ def measure_and_save(learner: Any, rows: list[Row], eval_rows: list[Row], metric
             scores = base["train_prompts"].scores
             draw(report, scores, metrics, folder / "training.png")
             write_report(report, summarize(report, "."), folder)
+            write_measured(base, trained, folder / "measured.jsonl")
+            add_page(Path(settings.output_dir), folder)
     print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
 
 

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from finetune.files import Row
 from finetune.output import describe_run
 from finetune.processes import device_name
-from finetune.progress import Metrics, count_steps, recent
+from finetune.progress import Metrics, count_steps, recent, write_lines
 from finetune.prompts import Prompts
 from finetune.scale import Scale, success_rate
 from finetune.scorers import Scorer
@@ -94,27 +93,6 @@ def make_record(
         if value is not None and not math.isfinite(value):
             record[name] = None
     return record
-
-
-def samples_of_step(
-    step: int,
-    rows: list[Row],
-    texts: list[str],
-    scores: list[float],
-    kls: list[float],
-) -> list[Row]:
-    """Return the lines of samples.jsonl for a step."""
-    samples = []
-    for row, text, score, kl in zip(rows, texts, scores, kls, strict=True):
-        sample = {
-            "step": step,
-            "prompt": row["prompt"],
-            "response": text,
-            "score": score,
-            "kl": kl,
-        }
-        samples.append(sample)
-    return samples
 
 
 def progress_text(metrics: Metrics) -> str:
@@ -250,6 +228,29 @@ def kl_minimum(score: float, base_scores: list[float]) -> float | None:
     tilts = wanted.sign() * torch.logspace(-3, 3, 1000, dtype=torch.float64)
     log_means = torch.logsumexp(tilts[:, None] * scores, dim=1) - math.log(count)
     return max((tilts * wanted - log_means).max().item(), 0.0)
+
+
+def write_measured(
+    base: dict[str, Measured],
+    trained: dict[str, Measured],
+    path: Path,
+) -> None:
+    """Write a line for each response that was measured; by the prompts, as make_report has them."""
+    lines = []
+    for model, measurements in (("base", base), ("trained", trained)):
+        for prompts, measured in measurements.items():
+            columns = (measured.prompts, measured.texts, measured.scores, measured.kls)
+            for prompt, text, score, kl in zip(*columns):
+                line = {
+                    "model": model,
+                    "prompts": prompts,
+                    "prompt": prompt,
+                    "response": text,
+                    "score": score,
+                    "kl": kl,
+                }
+                lines.append(line)
+    write_lines(path, lines)
 
 
 # -------------------------------------------------------------------------- the picture

@@ -2,6 +2,7 @@
 
 # Settings are checked before the heavy libraries are loaded, which takes seconds, and
 # the checks ask this file. So a function imports the libraries that it needs.
+import gc
 import itertools
 import os
 import select
@@ -79,6 +80,21 @@ def join_processes(device: str) -> "torch.device":
         torch.set_num_threads(int(wanted))
     with nullcontext() if process_count() == 1 else waiting_for_others():
         return PartialState(cpu=device == "cpu").device
+
+
+def leave_processes() -> None:
+    """Part from the other processes of a launch; for whoever holds nothing of the run any more.
+
+    A model wrapped for several processes holds their group. Where it is the last that
+    does, it ends the group's threads while it keeps Python's lock, and waits for ever where
+    one of them needs that lock to end. So the group has to outlive it.
+    """
+    import torch
+    from accelerate import PartialState
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        PartialState().destroy_process_group()
 
 
 @contextmanager

@@ -86,6 +86,11 @@ class MetricsLog:
         self.total = total
         self.samples_per_step = samples_per_step
         self.log_every = settings.log_every
+        self.described = {
+            "script": project,
+            "total_steps": total,
+            "settings": settings.model_dump(),
+        }
         self.metrics_path = Path(settings.output_dir, "metrics.jsonl")
         self.samples_path = Path(settings.output_dir, "samples.jsonl")
 
@@ -104,6 +109,10 @@ class MetricsLog:
             self.cut_samples()
         lines = [json.dumps(record) + "\n" for record in self.metrics]
         self.metrics_path.write_text("".join(lines))
+
+        # Whoever looks at a run that goes on, or was stopped, has no report.
+        text = json.dumps(self.described, indent=2) + "\n"
+        self.metrics_path.with_name("run.json").write_text(text, encoding="utf-8")
 
         self.bar = tqdm(
             total=self.total,
@@ -149,7 +158,7 @@ class MetricsLog:
         step, record = len(metrics), metrics[-1]
         samples = [without_bad_numbers(sample) for sample in samples]
         if self.samples_per_step > 0:
-            self.append_samples(samples)
+            write_lines(self.samples_path, samples, mode="a")
         with open(self.metrics_path, "a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -159,19 +168,14 @@ class MetricsLog:
         self.bar.update()
 
         due = step % self.log_every == 0 or step == self.total
-        self.trackers.track(record, samples if due else ())
+        shown = [without_tokens(sample) for sample in samples] if due else []
+        self.trackers.track(record, shown)
         if due and not self.is_watched:
             seconds_left = record["seconds"] / step * (self.total - step)
             left = tqdm.format_interval(seconds_left)
             self.say(f"step {step}/{self.total}, {left} left, {text}")
         if due and samples:
             self.say_sample(samples[0])
-
-    def append_samples(self, samples: Sequence[Row]) -> None:
-        """Add a line for each sample to samples.jsonl, in any script as it is read."""
-        with open(self.samples_path, "a", encoding="utf-8") as file:
-            for sample in samples:
-                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
     def say(self, line: str) -> None:
         """Print a line at once; where there is a bar, above it."""
@@ -189,6 +193,18 @@ class MetricsLog:
         columns = shutil.get_terminal_size().columns
         width = columns if text.isascii() else columns // 2
         self.say(f"    {shorten(text, max(width - 5, 1))}")
+
+
+def write_lines(path: Path, rows: Iterable[Row], mode: str = "w") -> None:
+    """Write a line of JSON for each row, in any script as it is read; mode a adds them."""
+    with open(path, mode, encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def without_tokens(sample: Row) -> Row:
+    """Return a sample without what is known of its tokens, which is no cell of a table."""
+    return {name: value for name, value in sample.items() if name != "tokens"}
 
 
 def without_bad_numbers(sample: Row) -> Row:

@@ -1,6 +1,9 @@
 """Whole words in a text, whatever script they are in."""
 
 import unicodedata
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
 
 # The names of letters whose scripts put no spaces between words begin with one of these.
 WITHOUT_SPACES = (
@@ -28,9 +31,41 @@ def has_word(text: str, words: list[str], before: str = "") -> bool:
     before: what stands before the text. Words in it do not count, but its last letter may
     touch one.
     """
+    first_span = next(plain_spans(text, words, before), None)
+    return first_span is not None
+
+
+def plain_spans(text: str, words: list[str], before: str) -> Iterator[tuple[int, int]]:
+    """Yield where the words that count begin and end in the plain text; see has_word."""
     beginning = plain(before)
     whole = beginning + plain(text)
-    return any(is_in(whole, plain(word.strip()), len(beginning)) for word in words)
+    start = len(beginning)
+    for word in words:
+        for first, last in places_in(whole, plain(word.strip()), start):
+            yield first - start, last - start
+
+
+def word_spans(text: str, words: list[str], before: str = "") -> list[tuple[int, int]]:
+    """Return where the words that count begin and end in a text, in order; see has_word."""
+    spans = {*plain_spans(text, words, before)}
+    if text.isascii() or not spans:
+        return sorted(spans)
+    lengths = plain_lengths(text)
+    in_text = set()
+    for first, last in spans:
+        start = bisect_right(lengths, first) - 1
+        end = bisect_right(lengths, last) - 1
+        in_text.add((start, end))
+    return sorted(in_text)
+
+
+def plain_lengths(text: str) -> list[int]:
+    """Return how long the plain text is up to each place of a text, its end included."""
+    letters = [plain(letter) for letter in text]
+    if "".join(letters) == plain(text):
+        return [0, *accumulate(len(letter) for letter in letters)]
+    # Somewhere an accent joins the letter before it.
+    return [len(plain(text[:place])) for place in range(len(text) + 1)]
 
 
 def plain(text: str) -> str:
@@ -38,15 +73,14 @@ def plain(text: str) -> str:
     return unicodedata.normalize("NFC", text).casefold()
 
 
-def is_in(text: str, word: str, start: int) -> bool:
-    """Return whether a word stands in a text as a whole word, at a place from start on."""
+def places_in(text: str, word: str, start: int) -> Iterator[tuple[int, int]]:
+    """Yield where a word begins and ends in a text as a whole word, from start on."""
     first = text.find(word, start)
     while first >= 0:
         last = first + len(word)
         if is_apart(text[first - 1 : first], word, text[last : last + 1]):
-            return True
+            yield first, last
         first = text.find(word, first + 1)
-    return False
 
 
 def is_apart(before: str, word: str, after: str) -> bool:

@@ -65,3 +65,51 @@ def evaluate(built, queries, responses):
         all_logprobs, values = built.policy(**batch.inputs)
     rows = zip(all_logprobs, values, batch.mask.bool())
     return [(logprobs[where], value[where]) for logprobs, value, where in rows]
+
+
+def write_run(folder, steps, batch_size=10, texts=(" so", " happy", "."), total=None, **settings):
+    """Write what a run of train_rlhf.py leaves after so many steps: no model, no report.
+
+    texts: of the tokens of each response, the second of which earns 2. settings: others than those
+    that a page needs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {"model_name": "demo_model", "reward": "positive_word_reward", "seed": 0}
+    known |= {"positive_words": ["happy"], "kl_coef": 0.1, "score_prefixes": True}
+    run = {"script": "train_rlhf", "total_steps": total or steps, "settings": known | settings}
+    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    metrics, samples = [], []
+    for step in range(1, steps + 1):
+        kls = [round(0.001 * step + 0.01 * place, 6) for place in range(batch_size)]
+        mean_kl = sum(kls) * len(texts) / batch_size
+        record = {"step": step, "samples": step * batch_size, "success_rate": 1.0, "score": 1.0}
+        record |= {"kl": mean_kl, "kl_coef": 0.1, "reward": 1 - 0.1 * mean_kl}
+        metrics.append(record | {"seconds": 0.5 * step})
+        for place, kl in enumerate(kls):
+            zeros = [0.0] * len(texts)
+            tokens = {"text": [*texts], "score": [0.0, 2.0, *zeros[2:]], "kl": [kl] * len(texts)}
+            tokens |= {"value": zeros, "advantage": [0.5 - place, *zeros[1:]]}
+            tokens |= {"logprob": zeros, "ref_logprob": [-1.0] * len(texts)}
+            sample = {"step": step, "prompt": f"Prompt {place}", "response": "".join(texts)}
+            sample |= {"score": place / 10, "kl": kl * len(texts), "tokens": tokens}
+            samples.append(sample)
+    for name, rows in (("metrics", metrics), ("samples", samples)):
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def page_content(path):
+    """Return what a page was given to show."""
+    text = path.read_text(encoding="utf-8")
+    _, _, rest = text.partition('<script type="application/json" id="content">')
+    content, end, _ = rest.partition("</script>")
+    assert end
+    return json.loads(content)
+
+
+def read_rows(path):
+    """Return the rows of a file of JSON lines, of which each is whole."""
+    *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    assert rest == ""
+    return [json.loads(line) for line in lines]

@@ -184,7 +184,7 @@ training.png checkpoint/lock checkpoint/state.pt checkpoint/new/file wandb/run/f
 
 
 def test_the_upload_takes_the_results_and_no_checkpoint(tmp_path, monkeypatch):
-    """The line of the README is understood by the command, and leaves out what is for going on."""
+    """The line of docs/models.md is understood by the command, and leaves out what is for going on."""
     asked = {}
 
     def create_repo(api, **options):
@@ -197,8 +197,8 @@ def test_the_upload_takes_the_results_and_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (line,) = re.findall("^hf (upload .*)", readme, flags=re.MULTILINE)
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    (line,) = re.findall("^hf (upload .*)", page, flags=re.MULTILINE)
     result = CliRunner().invoke(hf.app, shlex.split(line))
     assert result.exit_code == 0, result.output
     assert (asked["repo_id"], asked["path_in_repo"]) == ("my-name/my-model", ".")

@@ -28,7 +28,7 @@ ORDER = [  # of the files in finetune/: each imports only from those before it
     *("judged", "models", "saving", "loading", "scale", "beginnings", "classifiers", "scorers"),
     *("checkpoint", "trackers", "progress", "output", "sampling", "batches", "rates", "supervised"),
     *("held_out", "heads", "writer", "self_instruct", "answers"),
-    *("measurement", "summary", "evaluation"),
+    *("run_files", "pages", "watch", "measurement", "samples", "shown", "summary", "evaluation"),
 ]
 PATHS = {name: ROOT / f"{name}.py" for name in SCRIPTS}
 PATHS |= {f"finetune.{name}": ROOT / "finetune" / f"{name}.py" for name in ORDER}
@@ -179,6 +179,8 @@ OF_PPO = {  # what knows of PPO in finetune/, and why
     "finetune.measurement": "it tells the KL of a policy",
     "finetune.summary": "it tells the same in Markdown",
     "finetune.evaluation": "it measures the policy before and after",
+    "finetune.samples": "it writes what a step of PPO did with each token",
+    "finetune.pages": "it shows that, and the KL of a policy",
 }
 NAMED = {"finetune.command": {"ppo"}}  # it names classes of TRL to silence what they say
 

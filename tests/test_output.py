@@ -234,7 +234,7 @@ def test_a_disk_that_is_full_while_training_leaves_the_last_checkpoint_and_the_r
         assert call_main(*flags) == 1
     reason = "No space left on device" if kind == "disk" else "File too large"
     assert reason_of_stop(capsys, folder, steps=2) == reason
-    logs = {"metrics.jsonl", "samples.jsonl"}
+    logs = {"metrics.jsonl", "run.json", "samples.jsonl"}
     assert digests(folder).keys() == WHOLE | logs
 
     # The two that fail in a checkpoint are left alike, so one of them goes on.

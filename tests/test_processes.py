@@ -34,7 +34,8 @@ FLAGS += ["--training-epochs", "12", "--save-every", "0", "--output-dir", "out"]
 # Of a single sample one of two processes has nothing to do.
 SHORT = ["--training-epochs", "3", "--eval-samples", "1"]
 
-# The reward also writes down the weights of each process, and fails where it is told to.
+# The reward also writes down the weights of each process, and fails where it is told to; at the end
+# the main process keeps a thread of the other waiting, if it is told to.
 REWARD = """
 import os
 import time
@@ -45,12 +46,18 @@ import train_rlhf
 from finetune.checkpoint import trained_weights
 
 rank, failing = os.environ.get("RANK", "0"), os.environ.get("FAILING_CALL")
+held = torch.zeros(1)
 calls, measure_and_save, wait = [], train_rlhf.measure_and_save, time.sleep
 
 
 def save_weights_and_measure(learner, *others):
     torch.save(trained_weights(learner.policy), f"weights-{rank}.pt")
     measure_and_save(learner, *others)
+    if "LATE" in os.environ:
+        wait(2 if rank == "0" else 0)
+        work = torch.distributed.all_reduce(held, async_op=True)
+        if rank == "0":
+            work.wait()
 
 
 def wait_until_told(seconds):
@@ -196,7 +203,16 @@ def check_same_run(out, other, steps=STEPS):
     assert len(samples) == len(others)
     for sample, wanted in zip(samples, others):
         assert sample.pop("kl") == pytest.approx(wanted.pop("kl"), abs=1e-4)
+        check_same_tokens(sample.pop("tokens"), wanted.pop("tokens"))
         assert sample == wanted
+
+
+def check_same_tokens(tokens, others):
+    """Check that the figures of each token are the same, to rounding, whichever process had it."""
+    assert tokens.pop("text") == others.pop("text")
+    assert tokens.keys() == others.keys()
+    for name, numbers in tokens.items():
+        assert numbers == pytest.approx(others[name], rel=1e-2, abs=1e-3), name
 
 
 def check_same_report(out, other):
@@ -279,6 +295,13 @@ def test_only_the_main_process_prints_and_writes(one, two):
     assert main.stdout.count("Model     ") == main.stdout.count("Scale     ") == 1
     assert sum(line.startswith("step ") for line in main.stdout.splitlines()) == STEPS // 5
     assert digests(two.out).keys() == digests(one.out).keys()
+
+
+def test_a_process_ends_whatever_a_thread_of_its_group_still_has_to_do(start, tmp_path):
+    """Such a thread needs Python's lock to let go of a tensor, and is waited for at the end."""
+    children = start(2, tmp_path, *SHORT, LATE="1")
+    outputs = [child.communicate(timeout=60) for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs
 
 
 # ---------------------------------------------------------------------- stops and failures

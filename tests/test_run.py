@@ -124,6 +124,7 @@ def test_all_that_the_run_leaves_is_in_its_folder(learned):
     model = "config.json generation_config.json model.safetensors tokenizer.json"
     model += " tokenizer_config.json adapter"
     results = "metrics.jsonl samples.jsonl report.json training.png README.md checkpoint"
+    results += " run.json measured.jsonl watch.html"
     names = {path.name for path in learned.folder.iterdir()}
     assert names == {*model.split(), *results.split()}
     left = {path.name for path in (learned.folder / "checkpoint").iterdir()}
@@ -164,7 +165,8 @@ def test_the_samples_of_each_step(learned):
         batch = learned.samples[last - size : last]
         assert {sample["step"] for sample in batch} == {record["step"]}
         for sample in batch:
-            assert set(sample) == {"step", "prompt", "response", "score", "kl"}
+            assert set(sample) == {"step", "prompt", "response", "score", "kl", "tokens"}
+            assert "".join(sample["tokens"]["text"]) == sample["response"]
             assert sample["score"] in (1.0, -1.0) and sample["kl"] > -1e-6
         for name in ("score", "kl"):
             mean = sum(sample[name] for sample in batch) / size
@@ -449,7 +451,7 @@ def test_a_stopped_run_saves_a_checkpoint_and_says_how_to_go_on(own_files, index
     once_more = "\nStopping after this step; once more to stop at once\n"
     told = f"\nStopped: by a signal; {UP_TO.format(step)}\n"
     assert stopped.stderr == f"{once_more}{told}"
-    names = {"checkpoint", "metrics.jsonl", "samples.jsonl"}
+    names = {"checkpoint", "metrics.jsonl", "run.json", "samples.jsonl"}
     assert stopped.names == names  # it is not a finished run
 
 
@@ -675,7 +677,7 @@ def test_a_run_that_blows_up_keeps_the_checkpoint_from_before(
     assert skipped == [False] * good + [True] * 3
     assert capsys.readouterr().err == f"\nStopped: {reason}: {remedy}; {saved}\n"
     names = {path.name for path in folder.rglob("*")} - {"state.pt"}
-    assert names == {"checkpoint", "lock", "metrics.jsonl", "samples.jsonl"}
+    assert names == {"checkpoint", "lock", "metrics.jsonl", "run.json", "samples.jsonl"}
     assert (folder / "checkpoint" / "state.pt").exists() == bool(good)
 
 

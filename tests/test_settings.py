@@ -376,9 +376,11 @@ def test_every_flag_and_constant_that_the_documents_name_exists(script):
             flags.add(flag_of(f"no_{name}"))
 
     readme = script.parent / "README.md"
-    for path in [readme, *script.parent.glob("docs/*.md")]:
+    guides = [script.parent / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")]
+    for path in [readme, *script.parent.glob("docs/*.md"), *guides]:
         # These have flags of their own.
-        text = re.sub(r"(pip install|hf upload) [^&\n]*", "", path.read_text(encoding="utf-8"))
+        others = r"(pip install|hf upload|tensorboard|ruff format|benchmarks/\w+\.py) [^&\n]*"
+        text = re.sub(others, "", path.read_text(encoding="utf-8"))
         for section in re.split("^## ", text, flags=re.M):
             theirs = set()
             for name, parser in LAUNCHERS.items():

@@ -175,6 +175,7 @@ def test_what_a_run_leaves(stage, undisturbed):
     names = {path.name for path in undisturbed.output.iterdir()}
     wanted = {"README.md", "adapter", "checkpoint", "config.json", "metrics.jsonl"}
     wanted |= {"model.safetensors", "report.json", "tokenizer.json", "training.png"}
+    wanted |= {"run.json", "watch.html"}
     assert wanted <= names
     checkpoint = {path.name for path in (undisturbed.output / "checkpoint").iterdir()}
     assert checkpoint == {"lock", "state.pt"}

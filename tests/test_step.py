@@ -191,7 +191,7 @@ def test_every_number_of_a_step(
     monkeypatch.setattr(train_rlhf, "compute_advantages", see_rewards)
     updates = watch(built, lambda rows: figures_of(built, before, rows))
     torch.manual_seed(0)
-    stats, kls = built.trainer.step(*built.batch)
+    stats, token_figures = built.trainer.step(*built.batch)
 
     # Before the updates.
     ((values, rewards, mask),) = given
@@ -214,8 +214,8 @@ def test_every_number_of_a_step(
         parts = update.wanted
         loss = parts["policy_loss"] + kl_coef * parts["kl_loss"] + 0.5 * parts["value_loss"]
         assert update.loss == pytest.approx(loss, **NEAR)
-    assert kls == pytest.approx([old.kl.sum() for old in before], **NEAR)
-    assert stats["kl"] == pytest.approx(numpy.mean(kls), **NEAR)
+    assert stats["kl"] == pytest.approx(numpy.mean([old.kl.sum() for old in before]), **NEAR)
+    check_token_figures(built, token_figures, before)
     for name in ("policy_loss", "value_loss", "clip_fraction", "entropy"):
         mean = numpy.mean([update.wanted[name] for update in updates])
         assert stats[name] == pytest.approx(mean, **NEAR), name
@@ -227,6 +227,24 @@ def test_every_number_of_a_step(
     # There has been something to see.
     assert stats["kl"] > 0.1 and stats["clip_fraction"] > 0
     assert any(update.wanted["value_clip_fraction"] > 0 for update in updates)
+
+
+def check_token_figures(built, token_figures, before):
+    """Check what is told of each token: that is how it was before the updates, without padding."""
+    for row, old in enumerate(before):
+        wanted = {
+            "scores": built.batch[2][row].numpy(),
+            "kl": old.kl,
+            "values": old.values,
+            "advantages": old.advantages,
+            "logprobs": old.logprobs,
+            "ref_logprobs": old.all_ref_logprobs[old.places],
+        }
+        assert wanted.keys() == token_figures._asdict().keys()
+        for name, numbers in wanted.items():
+            told = getattr(token_figures, name)
+            assert len(told) == len(before)
+            assert told[row].numpy() == pytest.approx(numbers, **NEAR), name
 
 
 def check_experience(update, before):

@@ -1,0 +1,293 @@
+"""What a page shows of a run: its curve, its steps, before and after, in numbers and texts."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from finetune.errors import shorten
+from finetune.files import Row
+from finetune.prompts import last_said
+from finetune.run_files import RunFiles
+from finetune.words import word_spans
+
+POINTS = 400  # of a curve, at most
+PROMPTS_SHOWN = 12  # of those to train on, and of those held out
+PAIRS_SHOWN = 4  # of responses before and after, to each of these
+LONGEST_TEXT = 400  # characters of a text of which there are many
+STEPS_SHOWN = 30  # so many have to fit: a step takes no more room than that leaves
+
+Size = Callable[[Any], int]  # of a value on the page, in bytes
+
+
+def page_content(files: RunFiles, room: int, size: Size) -> Row:
+    """Return the content of the page, which fills no more than so many bytes."""
+    content = head_of(files)
+    if files.script == "train_sft":
+        examples = [
+            line | {"asked": end_of(line["asked"])} for line in files.lines("learned.jsonl")
+        ]
+        content |= {"answers": answers_of(files), "examples": examples}
+    elif files.script == "train_reward_model":
+        content["comparisons"] = compared_of(files)
+    else:
+        content["measured"] = measured_of(files)
+        room -= size(content)
+        content |= steps_of(files, room, size)
+    return content
+
+
+def head_of(files: RunFiles) -> Row:
+    """Return what the page begins with: what run it is, its result and its curve."""
+    settings, last = files.settings, files.metrics[-1]
+    report = files.report or {}
+    scale = report.get("scale", {})
+    results = None
+    if files.report is not None:
+        results = {name: without_texts(report[name]) for name in ("base", "trained")}
+    return {
+        "script": files.script,
+        "model": shorten(settings["model_name"]),
+        "reward": settings.get("reward"),
+        "is_rule": is_rule(files),
+        "data": settings.get("data"),
+        "kl_coef": settings.get("kl_coef"),
+        "score_prefixes": settings.get("score_prefixes"),
+        "seed": settings["seed"],
+        "step": last["step"],
+        "total_steps": files.total_steps,
+        "samples": last["samples"],
+        "seconds": last["seconds"],
+        "device": report.get("device"),
+        "learned": report.get("learned"),
+        "accuracy": scale.get("accuracy"),
+        "threshold": scale.get("threshold"),
+        "results": results,
+        "curve": curve_of(files.metrics),
+    }
+
+
+def is_rule(files: RunFiles) -> bool:
+    """Return whether the reward is the script's own, which looks for POSITIVE_WORDS."""
+    return files.settings.get("reward") == "positive_word_reward"
+
+
+def without_texts(value: Any) -> Any:
+    """Return figures without what was said; those that are not finite are None, JSON's null."""
+    if isinstance(value, dict):
+        names = value.keys() - {"first_sample"}
+        return {name: without_texts(value[name]) for name in sorted(names)}
+    if isinstance(value, list):
+        return [without_texts(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# ---------------------------------------------------------------------------- the curve
+def curve_of(metrics: list[Row]) -> Row:
+    """Return the figures of all steps, or of an even choice, and means of the last 100 samples."""
+    names = [name for name, value in metrics[0].items() if not isinstance(value, str)]
+    chosen = evenly(range(len(metrics)), math.ceil(len(metrics) / POINTS))
+    window = max(round(100 * len(metrics) / metrics[-1]["samples"]), 1)
+
+    curve: Row = {"window": window}
+    for name in names:
+        values = [record[name] for record in metrics]
+        curve[name] = [short(values[place]) for place in chosen]
+        means = [mean(values[max(place + 1 - window, 0) : place + 1]) for place in chosen]
+        curve[f"mean_{name}"] = means
+
+    # What was measured on held-out rows, of few steps, is kept whole.
+    held_out = [record for record in metrics if record.get("eval_loss") is not None]
+    curve["held_out"] = evenly(held_out, math.ceil(len(held_out) / POINTS) or 1)
+    return curve
+
+
+def mean(values: list[Any]) -> float | None:
+    """Return the mean of those values that are numbers, None where none is."""
+    numbers = [value for value in values if value is not None]
+    return short(sum(numbers) / len(numbers)) if numbers else None
+
+
+def short(number: Any) -> Any:
+    """Return a number with four digits that count, a whole one as it is, else None."""
+    if not isinstance(number, float):
+        return number
+    return float(f"{number:.4g}") if math.isfinite(number) else None
+
+
+def evenly(values: Any, every: int) -> list[Any]:
+    """Return every so manyth of the values, from the first on, and the last one."""
+    chosen = list(values[::every])
+    if len(values) and (len(values) - 1) % every:
+        chosen.append(values[-1])
+    return chosen
+
+
+# ---------------------------------------------------------------------------- the steps
+def steps_of(files: RunFiles, room: int, size: Size) -> Row:
+    """Return the steps with their responses, as many of them, evenly, as there is room for."""
+    groups = list(kept_groups(files))
+    steps = [step_of(group, files, room // STEPS_SHOWN, size) for group in groups]
+    sizes = [size(step) + 1 for step in steps]
+    every = 1
+    while sum(evenly(sizes, every)) > room - 200:
+        every += 1
+    return {"steps": evenly(steps, every)}
+
+
+def kept_groups(files: RunFiles) -> list[list[Row]]:
+    """Return the samples of each step that has tokens, or of some steps where none has."""
+    every = math.ceil(len(files.metrics) / POINTS)
+    with_tokens: list[list[Row]] = []
+    others: list[list[Row]] = []
+    for group in by_step(files.lines("samples.jsonl")):
+        step = group[0]["step"]
+        # Samples are written before the step's metrics.
+        if step > len(files.metrics):
+            break
+        if any(sample.get("tokens") for sample in group):
+            with_tokens.append(group)
+        elif not with_tokens and (step - 1) % every == 0:
+            others.append(group)
+    return with_tokens or others
+
+
+def by_step(samples: Iterable[Row]) -> Iterator[list[Row]]:
+    """Yield the samples of each step, as a list."""
+    group: list[Row] = []
+    for sample in samples:
+        if group and group[0]["step"] != sample["step"]:
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
+
+
+def step_of(group: list[Row], files: RunFiles, room: int, size: Size) -> Row:
+    """Return a step with as many of its responses as there is room for, and how many it had.
+
+    Where a response is too long, its tokens are left out.
+    """
+    responses = []
+    for sample in group:
+        response = response_of(sample, files)
+        if size(response) > room:
+            response |= {"tokens": None} | marked_text(sample["response"], response["marks"])
+        room -= size(response)
+        if room < 0:
+            break
+        responses.append(response)
+    step = group[0]["step"]
+    record = files.metrics[step - 1]
+    names = ("score", "success_rate", "kl", "kl_coef", "reward")
+    figures = {name: short(record.get(name)) for name in names}
+    return {"step": step, **figures, "count": len(group), "responses": responses}
+
+
+def response_of(sample: Row, files: RunFiles) -> Row:
+    """Return a response as the page shows it, with the places of what made its score."""
+    prompt, text = last_said(sample["prompt"]), sample["response"]
+    tokens = sample.get("tokens")
+    marks = best_token(tokens)
+    if is_rule(files):
+        marks = word_spans(text, files.settings["positive_words"], before=prompt)
+    return {
+        "prompt": end_of(prompt),
+        "response": text,
+        "score": short(sample["score"]),
+        "kl": short(sample["kl"]),
+        "marks": marks,
+        "tokens": tokens,
+    }
+
+
+def best_token(tokens: Row | None) -> list[tuple[int, int]]:
+    """Return where the token begins and ends that earned most, if any earned something."""
+    if tokens is None:
+        return []
+    scores = [score or 0 for score in tokens["score"]]
+    if max(scores) <= 0:
+        return []
+    place = scores.index(max(scores))
+    text = tokens["text"][place]
+    last = len("".join(tokens["text"][: place + 1]))
+    return [(last - len(text.lstrip()), last)]
+
+
+# ---------------------------------------------------------------------- before and after
+def measured_of(files: RunFiles) -> list[Row]:
+    """Return prompts with pairs of responses, before and after, to the same random numbers."""
+    if files.report is None:
+        return []
+    by_prompt: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for line in files.lines("measured.jsonl"):
+        responses = by_prompt.setdefault((line["prompts"], line["prompt"]), {})
+        responses.setdefault(line["model"], []).append(line)
+
+    shown = []
+    counts = {"train_prompts": 0, "eval_prompts": 0}
+    for (prompts, prompt), responses in by_prompt.items():
+        counts[prompts] += 1
+        if counts[prompts] > PROMPTS_SHOWN:
+            continue
+        pairs = list(zip(responses["base"], responses["trained"]))[:PAIRS_SHOWN]
+        row = {
+            "prompt": end_of(prompt),
+            "held_out": prompts == "eval_prompts",
+            "count": len(responses["base"]),
+            "pairs": [[measured_response(line, files) for line in pair] for pair in pairs],
+        }
+        shown.append(row)
+    return shown
+
+
+def measured_response(line: Row, files: RunFiles) -> Row:
+    """Return a response of a measurement as the page shows it."""
+    marks: list[tuple[int, int]] = []
+    if is_rule(files):
+        words = files.settings["positive_words"]
+        marks = word_spans(line["response"], words, before=line["prompt"])
+    figures = {"score": short(line["score"]), "kl": short(line["kl"])}
+    return figures | marked_text(line["response"], marks)
+
+
+def answers_of(files: RunFiles) -> list[Row]:
+    """Return what is asked of held-out rows, and what is answered before and after."""
+    if files.report is None:
+        return []
+    before = files.report["base"]["first_sample"]
+    after = files.report["trained"]["first_sample"]
+    return [
+        {"prompt": end_of(prompt), "before": start_of(answer), "after": start_of(after[prompt])}
+        for prompt, answer in before.items()
+    ]
+
+
+# ----------------------------------------------------------------------------- the texts
+def marked_text(text: str, marks: list[tuple[int, int]]) -> Row:
+    """Return the beginning of a response, as far as it is shown, with the marks in it."""
+    shown = [mark for mark in marks if mark[1] < LONGEST_TEXT]
+    return {"response": start_of(text), "marks": shown}
+
+
+def start_of(text: str) -> str:
+    """Return the beginning of a response, as far as it is shown."""
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
+
+
+def end_of(text: str) -> str:
+    """Return the end of a prompt, or of what is judged, as far as it is shown."""
+    return text if len(text) <= LONGEST_TEXT else "…" + text[1 - LONGEST_TEXT :]
+
+
+def compared_of(files: RunFiles) -> list[Row]:
+    """Return the held-out comparisons, each with the scores of its texts."""
+    comparisons = []
+    for line in files.lines("compared.jsonl"):
+        shown = {}
+        for name, value in line.items():
+            shown[name] = end_of(value) if isinstance(value, str) else short(value)
+        comparisons.append(shown)
+    return comparisons

@@ -1,0 +1,71 @@
+"""What the stages before PPO write for whoever watches them: examples and comparisons."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.files import Row
+from finetune.labels import Learned, Tokenizer
+from finetune.progress import write_lines
+from finetune.samples import token_texts
+
+# How many examples are shown of those to train on, and of those held out.
+EXAMPLES_SHOWN = 6
+TOKENS_SHOWN = 1000  # of an example; of a longer one the last, for the answer is at the end
+
+# How many held-out comparisons are shown, each with the scores of its texts.
+COMPARISONS_SHOWN = 200
+
+
+def write_learned(
+    tokenizer: Tokenizer,
+    learned: Learned,
+    eval_learned: Learned,
+    path: Path,
+) -> None:
+    """Write a line for each of a few examples: its tokens, and which of them are learned."""
+    lines = []
+    for held_out, shown in ((True, eval_learned), (False, learned)):
+        for example, row in zip(shown.examples[:EXAMPLES_SHOWN], shown.rows):
+            ids = example["input_ids"][-TOKENS_SHOWN:]
+            labels = example["labels"][-TOKENS_SHOWN:]
+            line = {
+                "held_out": held_out,
+                "asked": row["shown"],
+                "text": names_and_texts(tokenizer, ids),
+                "learned": [label != -100 for label in labels],
+            }
+            lines.append(line)
+    write_lines(path, lines)
+
+
+def names_and_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """Return the text of each token; of a special one, which has no text, its name."""
+    # Decoding begins behind a token, for the first one may lose its space.
+    start = torch.tensor(ids[:1])
+    texts = [str(tokenizer.decode(ids[:1]))]
+    texts += token_texts(tokenizer, start, torch.tensor(ids[1:]))
+    special = set(tokenizer.all_special_ids)
+    for place, token in enumerate(ids):
+        if token in special:
+            texts[place] = str(tokenizer.convert_ids_to_tokens(token))
+    return texts
+
+
+def write_compared(held_out: Any, path: Path) -> None:
+    """Write a line for each of the held-out comparisons, an even choice: texts and their scores.
+
+    held_out: the model and what it is measured on, as train_reward_model.py has it. Of a
+    text with a label the other text, and its score, are None.
+    """
+    every = -(-len(held_out.examples) // COMPARISONS_SHOWN)
+    shown = held_out.examples[::every]
+    lines = []
+    for example, scores in zip(shown, held_out.judge(shown).scores):
+        line: Row = dict.fromkeys(("better", "better_score", "worse", "worse_score"))
+        for text, score, sign in zip(example["texts"], scores, example["signs"]):
+            name = "better" if sign > 0 else "worse"
+            line |= {name: text, f"{name}_score": score}
+        lines.append(line)
+    write_lines(path, lines)
