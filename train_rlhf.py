@@ -186,6 +186,7 @@ from finetune.loading import load_model
 from finetune.progress import Metrics
 from finetune.samples import add_tokens, keeps_tokens, samples_of_step
 from finetune.sampling import sample_responses
+from finetune.saving import unquantized
 from finetune.scale import Scale
 from finetune.scorers import Scorer
 from finetune.tokens import encode, for_decoder, pad_batch, texts_of
@@ -400,6 +401,10 @@ class PolicyWithValueHead(torch.nn.Module):
         all_logprobs = torch.log_softmax(logits / self.temperature, dim=-1)
         values = values[:, places]
         return all_logprobs, values[..., 0] + values[..., 1] * earned
+
+    def unquantize(self) -> None:
+        """Take the base model in 16 or 32 bits, as it is saved."""
+        self.pretrained_model = unquantized(self.pretrained_model)
 
 
 class CausalPolicy(PolicyWithValueHead, trl.AutoModelForCausalLMWithValueHead):

@@ -17,7 +17,7 @@ from finetune.processes import is_main_process, random_numbers, share_out
 from finetune.progress import Metrics
 from finetune.prompts import is_turn, last_said
 from finetune.sampling import sample_responses
-from finetune.saving import as_saved, save_model, unquantized
+from finetune.saving import as_saved, save_model
 from finetune.scale import Scale, scale_of
 from finetune.summary import summarize
 from finetune.tokens import encode
@@ -46,7 +46,8 @@ def measure_and_save(learner: Any, rows: list[Row], eval_rows: list[Row], metric
         base["eval_prompts"] = measure(learner, eval_rows, samples, number=2, base=True)
 
     # What is saved is what is measured.
-    learner.policy.pretrained_model = model = unquantized(model)
+    learner.policy.unquantize()
+    model = learner.policy.pretrained_model
     with as_saved(model):
         trained = {"train_prompts": measure(learner, rows, samples, number=1, base=False)}
         if eval_rows:
