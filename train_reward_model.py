@@ -12,7 +12,7 @@ and their ranking; or of a text and its label, 0 or 1. Texts or conversations.
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ BATCH_SIZE = 16  # comparisons for one update
 MINI_BATCH_SIZE = 0  # comparisons at once, a divisor of BATCH_SIZE; memory grows with it; 0 = all
 GROUP_BY_LENGTH = True  # texts of like length in a batch: less padding, but a bumpy loss
 GRADIENT_CHECKPOINTING = False  # True saves memory, most with long texts; it is slower
-LEARNING_RATE = 2e-4  # at its highest; small models want more: 3e-3 for one of a million parameters
+LEARNING_RATE = "auto"  # at its highest; auto = from the model's width: 5e-4 at TinyLlama's 2048
 WARMUP_SHARE = 0.03  # of the steps, in which the rate rises; then it falls along a cosine; 0 = off
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0 = off
 
@@ -92,6 +92,7 @@ from finetune.judged import row_count, sequences_of, tokenize_comparisons
 from finetune.output import claim_output, describe_run, whole_results, write_report
 from finetune.processes import is_main_process, join_processes, pick_device, share_out
 from finetune.progress import Metrics, count_steps, progress
+from finetune.saving import as_saved, unquantized
 from finetune.shown import write_compared
 from finetune.supervised import Stage, announce, fit
 from finetune.tokens import check_ids
@@ -119,21 +120,18 @@ def run(settings: Settings) -> None:
         check_ids(model, tokenizer, sequences_of(examples + eval_examples))
     collate = ComparisonCollator(tokenizer)
     held_out = HeldOut(model, collate, eval_examples, settings.eval_batch_size)
-    stage = Stage(
-        model=model,
-        examples=examples,
-        collate=collate,
-        measure=held_out.measure,
-        settings=settings,
-        files=files,
-        project="train_reward_model",
-    )
+    project = "train_reward_model"
+    stage = Stage(model, examples, collate, held_out.measure, settings, files, project)
     with claim_output(settings.output_dir, settings.resume):
         counts = f"{row_count(examples)} rows with {len(examples)} comparisons"
         counts += f", {row_count(eval_examples)} rows held out"
         announce(stage, dtype, counts, data.tally)
         metrics, base = fit(stage, ComparisonTrainer)
-        trained = held_out.measure()
+        # What is saved is what is measured.
+        model = unquantized(model)
+        held_out = replace(held_out, model=model)
+        with as_saved(model):
+            trained = held_out.measure()
         # Whoever loads the model as a scorer reads these.
         scale = {"score_mean": trained["score_mean"], "score_std": trained["score_std"]}
         more = {"score_accuracy": trained["accuracy"], "conversation_form": form}
@@ -145,7 +143,7 @@ def run(settings: Settings) -> None:
                 draw(report, metrics, folder / "training.png")
                 write_report(report, summarize(report), folder)
                 write_compared(held_out, folder / "compared.jsonl")
-                watch.write_page(Path(settings.output_dir), folder)
+                watch.add_page(Path(settings.output_dir), folder)
         print(summarize(report), flush=True)
 
 
@@ -228,6 +226,7 @@ def make_report(stage: Stage, metrics: Metrics, base: Row, trained: Row) -> Row:
     tags, task = ["reward-model"], "text-classification"
     return {
         **describe_run(stage.model, stage.settings, metrics, tags, task),
+        "learning_rate": stage.learning_rate,
         "learned": trained["accuracy"] - 3 * error > trained["guessing"],
         "base": base,
         "trained": trained,
@@ -265,7 +264,7 @@ def summarize(report: Row) -> str:
 Right: {accuracy} of {comparisons}, where {by_chance}.{advice}
 A score is {scale}: 0 is as likely chosen as rejected.
 
-The model is beside report.json and training.png. To train on it, and to score texts with it:
+The model is beside report.json and watch.html, which shows how it learned. To use it:
 
     python train_rlhf.py --reward {folder}
     python train_reward_model.py --output-dir {folder} --score "I feel good."

@@ -143,6 +143,7 @@ class Settings(TrainingSettings):
     success_threshold: NumberOrAuto = changeable()
     training_epochs: Number = limits(1e-6, 10**6, changeable=True)
     max_new_tokens: Whole = limits(1, 10**6)
+    learning_rate: Number = limits(1e-30, 1e30)
     temperature: Number = limits(0.01, 100)
     target_approx_kl: Number = limits(0, 1e30, changeable=True)
     ppo_epochs: Whole = limits(1, 10**6)
@@ -186,6 +187,7 @@ from finetune.logits import OutputHead, find_head, inputs_of
 from finetune.progress import Metrics
 from finetune.samples import add_tokens, keeps_tokens, samples_of_step
 from finetune.sampling import sample_responses
+from finetune.saving import unquantized
 from finetune.scale import Scale
 from finetune.scorers import Scorer
 from finetune.tokens import encode, for_decoder, pad_batch, texts_of
@@ -405,6 +407,10 @@ class PolicyWithValueHead(torch.nn.Module):
             states = states[:, places]
         values = values[:, places]
         return states, values[..., 0] + values[..., 1] * earned
+
+    def unquantize(self) -> None:
+        """Take the base model in 16 or 32 bits, as it is saved."""
+        self.pretrained_model = unquantized(self.pretrained_model)
 
 
 class CausalPolicy(PolicyWithValueHead, trl.AutoModelForCausalLMWithValueHead):

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ MINI_BATCH_SIZE = 0  # examples at once, a divisor of BATCH_SIZE; memory grows w
 PACKING = False  # True = examples of a minibatch one after another, without padding; same loss
 GROUP_BY_LENGTH = True  # examples of like length in a batch: less padding, but a bumpy loss
 GRADIENT_CHECKPOINTING = False  # True saves memory, most with long examples; it is slower
-LEARNING_RATE = 2e-4  # at its highest; small models want more: 3e-3 for one of a million parameters
+LEARNING_RATE = "auto"  # at its highest; auto = from the model's width: 5e-4 at TinyLlama's 2048
 WARMUP_SHARE = 0.03  # of the steps, in which the rate rises; then it falls along a cosine; 0 = off
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0 = off
 
@@ -97,17 +97,17 @@ command.silence_loggers()
 
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 
 from finetune.batches import make_collator
 from finetune.checkpoint import check_resume
-from finetune.held_out import Losses, answers, compare_answers, compare_figures, draw, ratio
+from finetune.held_out import answers, compare_answers, compare_figures, draw, losses_of, ratio
 from finetune.hub import context_of, find_model
 from finetune.labels import Learned, tokenize_data
-from finetune.models import add_adapter, load_base_model, save_model
+from finetune.models import add_adapter, load_base_model
 from finetune.output import claim_output, describe_run, whole_results, write_report
 from finetune.processes import is_main_process, join_processes, pick_device, share_out
-from finetune.progress import Metrics, count_steps, progress
+from finetune.progress import Metrics, count_steps
+from finetune.saving import as_saved, save_model, unquantized
 from finetune.shown import write_learned
 from finetune.supervised import Stage, announce, fit
 from finetune.tokens import check_ids, end_tokens, load_tokenizer
@@ -136,7 +136,11 @@ def run(settings: Settings) -> None:
         counts += f", {len(eval_learned.examples)} held out{forms_in_words(learned.rows)}"
         announce(stage, dtype, counts, data.tally)
         metrics, base = fit(stage)
-        trained = held_out.measure()
+        # What is saved is what is measured.
+        model = unquantized(model)
+        held_out = replace(held_out, model=model)
+        with as_saved(model):
+            trained = held_out.measure()
         report = make_report(stage, metrics, base, trained, learned.rows)
 
         # The model is asked as it was taught to be, and generates behind its padding.
@@ -148,7 +152,7 @@ def run(settings: Settings) -> None:
                 draw(report, metrics, folder / "training.png")
                 write_report(report, summarize(report, "."), folder)
                 write_learned(tokenizer, learned, eval_learned, folder / "learned.jsonl")
-                watch.write_page(Path(settings.output_dir), folder)
+                watch.add_page(Path(settings.output_dir), folder)
         print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
 
 
@@ -191,7 +195,13 @@ class HeldOut:
 
     def measure(self, whole: bool = True) -> Row:
         """Return the loss in nats a token; of the whole measurement six answers, too."""
-        nats, counts = share_out(self.losses, self.examples)
+        nats, counts = share_out(
+            losses_of,
+            self.examples,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            batch_size=self.settings.eval_batch_size,
+        )
         loss, error = ratio(nats, counts)
         if not whole:
             return {"loss": loss}
@@ -213,23 +223,6 @@ class HeldOut:
             "first_sample": responses,
         }
 
-    def losses(self, examples: list[Row]) -> Losses:
-        """Return how well the model knows each of the examples."""
-        model, size = self.model, self.settings.eval_batch_size
-        collate = transformers.DataCollatorForSeq2Seq(self.tokenizer)
-        nats: list[float] = []
-        counts: list[int] = []
-        model.eval()
-        for start in progress(range(0, len(examples), size)):
-            batch = collate(examples[start : start + size]).to(model.device)
-            labels = batch.pop("labels")[:, 1:]
-            with torch.no_grad():
-                logits = model(**batch).logits[:, :-1].float()
-            losses = cross_entropy(logits.mT, labels, reduction="none")
-            nats += losses.sum(1).tolist()
-            counts += (labels != -100).sum(1).tolist()
-        return Losses(nats, counts)
-
 
 # --------------------------------------------------------------------------- the report
 def make_report(
@@ -249,6 +242,7 @@ def make_report(
     del base["counts"]
     return {
         **describe_run(stage.model, stage.settings, metrics, tags=["sft"]),
+        "learning_rate": stage.learning_rate,
         "base": base,
         "trained": trained,
         "learned": fall > 3 * error,
@@ -279,7 +273,7 @@ def summarize(report: Row, folder: str) -> str:
 Loss: {losses}, in nats a token, each token counting
 alike, over {trained["tokens"]} tokens of {trained["examples"]} held-out answers.{advice}
 
-The model is beside report.json and training.png. To load it:
+The model is beside report.json and watch.html, which shows how it learned. To load it:
 
     from transformers import pipeline
 

@@ -12,16 +12,16 @@ import torch
 from finetune.errors import RunError
 from finetune.files import Row
 from finetune.measurement import Measured, draw, make_report, write_measured
-from finetune.models import save_model
 from finetune.output import whole_results, write_report
 from finetune.processes import is_main_process, random_numbers, share_out
 from finetune.progress import Metrics
 from finetune.prompts import is_turn, last_said
 from finetune.sampling import sample_responses
+from finetune.saving import as_saved, save_model
 from finetune.scale import Scale, scale_of
 from finetune.summary import summarize
 from finetune.tokens import encode
-from finetune.watch import write_page
+from finetune.watch import add_page
 
 
 def measure_scale(learner: Any, rows: list[Row]) -> Scale:
@@ -42,10 +42,16 @@ def measure_and_save(learner: Any, rows: list[Row], eval_rows: list[Row], metric
     samples = settings.eval_samples
     print(f"\nMeasuring before and after, {samples} samples each time", flush=True)
     base = {"train_prompts": measure(learner, rows, samples, number=1, base=True)}
-    trained = {"train_prompts": measure(learner, rows, samples, number=1, base=False)}
     if eval_rows:
         base["eval_prompts"] = measure(learner, eval_rows, samples, number=2, base=True)
-        trained["eval_prompts"] = measure(learner, eval_rows, samples, number=2, base=False)
+
+    # What is saved is what is measured.
+    learner.policy.unquantize()
+    model = learner.policy.pretrained_model
+    with as_saved(model):
+        trained = {"train_prompts": measure(learner, rows, samples, number=1, base=False)}
+        if eval_rows:
+            trained["eval_prompts"] = measure(learner, eval_rows, samples, number=2, base=False)
 
     report = make_report(
         base,
@@ -64,7 +70,7 @@ def measure_and_save(learner: Any, rows: list[Row], eval_rows: list[Row], metric
             draw(report, scores, metrics, folder / "training.png")
             write_report(report, summarize(report, "."), folder)
             write_measured(base, trained, folder / "measured.jsonl")
-            write_page(Path(settings.output_dir), folder)
+            add_page(Path(settings.output_dir), folder)
     print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
 
 

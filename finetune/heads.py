@@ -13,7 +13,8 @@ from finetune.fields import Tally
 from finetune.held_out import end_line
 from finetune.hub import base_of, context_of, find_model
 from finetune.judged import judged_text
-from finetune.models import add_adapter, load_base_model, save_model
+from finetune.models import add_adapter, load_base_model
+from finetune.saving import save_model
 from finetune.settings import StageSettings
 
 

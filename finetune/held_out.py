@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch.nn.functional import softplus
+from torch.nn.functional import cross_entropy, softplus
 
 from finetune.errors import shorten
 from finetune.files import Row
-from finetune.progress import Metrics, recent
+from finetune.progress import Metrics, progress, recent
 from finetune.tokens import appends_end, prompt_ids, texts_of
 
 
@@ -20,6 +20,28 @@ class Losses(NamedTuple):
 
     nats: list[float]
     counts: list[int]
+
+
+def losses_of(
+    examples: list[Row],
+    model: Any,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    batch_size: int,
+) -> Losses:
+    """Return how well a model knows each of the examples, so many of them at once."""
+    collate = transformers.DataCollatorForSeq2Seq(tokenizer)
+    nats: list[float] = []
+    counts: list[int] = []
+    model.eval()
+    for start in progress(range(0, len(examples), batch_size)):
+        batch = collate(examples[start : start + batch_size]).to(model.device)
+        labels = batch.pop("labels")[:, 1:]
+        with torch.no_grad():
+            logits = model(**batch).logits[:, :-1].float()
+        losses = cross_entropy(logits.mT, labels, reduction="none")
+        nats += losses.sum(1).tolist()
+        counts += (labels != -100).sum(1).tolist()
+    return Losses(nats, counts)
 
 
 class Judged(NamedTuple):

@@ -1,8 +1,7 @@
-"""Models: loaded whole, adapted, saved as ordinary ones."""
+"""Models: loaded whole, and adapted."""
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -266,38 +265,3 @@ def checkpoint_layers(model: torch.nn.Module) -> None:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, **options)
-
-
-# --------------------------------------------------------------------------- the saving
-def save_model(
-    model: Any,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    settings: Any,
-    folder: Path | str,
-    base_tokenizer: transformers.PreTrainedTokenizerBase | None = None,
-) -> None:
-    """Save an adapted model as an ordinary one, and its adapter alone; each with the tokenizer.
-
-    base_tokenizer: that of the adapter, where it is another.
-    """
-    # Merged into 8 or 4 bits, what was learned would be lost.
-    if getattr(model.get_base_model(), "is_quantized", False):
-        adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-        base = model.unload().dequantize()
-        model = peft.get_peft_model(base, model.peft_config["default"])
-        peft.set_peft_model_state_dict(model, adapter)
-
-    if settings.save_adapter:
-        config = model.peft_config["default"]
-        config.base_model_name_or_path = settings.model_name
-        is_encoder_decoder = model.config.is_encoder_decoder
-        task_type = "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
-        config.task_type = config.task_type or task_type
-
-        adapter_folder = Path(folder, "adapter")
-        model.save_pretrained(adapter_folder, save_embedding_layers=False)
-        Path(adapter_folder, "README.md").unlink()  # an empty form
-        (base_tokenizer or tokenizer).save_pretrained(adapter_folder)
-
-    model.merge_and_unload().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -23,7 +23,9 @@ def page_content(files: RunFiles, room: int, size: Size) -> Row:
     """Return the content of the page, which fills no more than so many bytes."""
     content = head_of(files)
     if files.script == "train_sft":
-        examples = list(files.lines("learned.jsonl"))
+        examples = [
+            line | {"asked": end_of(line["asked"])} for line in files.lines("learned.jsonl")
+        ]
         content |= {"answers": answers_of(files), "examples": examples}
     elif files.script == "train_reward_model":
         content["comparisons"] = compared_of(files)
@@ -38,6 +40,7 @@ def head_of(files: RunFiles) -> Row:
     """Return what the page begins with: what run it is, its result and its curve."""
     settings, last = files.settings, files.metrics[-1]
     report = files.report or {}
+    scale = report.get("scale", {})
     results = None
     if files.report is not None:
         results = {name: without_texts(report[name]) for name in ("base", "trained")}
@@ -56,7 +59,8 @@ def head_of(files: RunFiles) -> Row:
         "seconds": last["seconds"],
         "device": report.get("device"),
         "learned": report.get("learned"),
-        "accuracy": report.get("scale", {}).get("accuracy"),
+        "accuracy": scale.get("accuracy"),
+        "threshold": scale.get("threshold"),
         "results": results,
         "curve": curve_of(files.metrics),
     }
@@ -67,15 +71,16 @@ def is_rule(files: RunFiles) -> bool:
     return files.settings.get("reward") == "positive_word_reward"
 
 
-def without_texts(figures: Row) -> Row:
-    """Return figures, and figures in them, without what was said."""
-    kept = {}
-    for name, value in figures.items():
-        if isinstance(value, dict) and name != "first_sample":
-            kept[name] = without_texts(value)
-        elif name != "first_sample":
-            kept[name] = value
-    return kept
+def without_texts(value: Any) -> Any:
+    """Return figures without what was said; those that are not finite are None, JSON's null."""
+    if isinstance(value, dict):
+        names = value.keys() - {"first_sample"}
+        return {name: without_texts(value[name]) for name in sorted(names)}
+    if isinstance(value, list):
+        return [without_texts(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 # ---------------------------------------------------------------------------- the curve
@@ -105,8 +110,10 @@ def mean(values: list[Any]) -> float | None:
 
 
 def short(number: Any) -> Any:
-    """Return a number with four digits that count, and a whole one as it is."""
-    return float(f"{number:.4g}") if isinstance(number, float) else number
+    """Return a number with four digits that count, a whole one as it is, else None."""
+    if not isinstance(number, float):
+        return number
+    return float(f"{number:.4g}") if math.isfinite(number) else None
 
 
 def evenly(values: Any, every: int) -> list[Any]:
@@ -204,8 +211,9 @@ def best_token(tokens: Row | None) -> list[tuple[int, int]]:
     if max(scores) <= 0:
         return []
     place = scores.index(max(scores))
-    first = len("".join(tokens["text"][:place]))
-    return [(first, first + len(tokens["text"][place]))]
+    text = tokens["text"][place]
+    last = len("".join(tokens["text"][: place + 1]))
+    return [(last - len(text.lstrip()), last)]
 
 
 # ---------------------------------------------------------------------- before and after
@@ -252,7 +260,7 @@ def answers_of(files: RunFiles) -> list[Row]:
     before = files.report["base"]["first_sample"]
     after = files.report["trained"]["first_sample"]
     return [
-        {"prompt": end_of(prompt), "before": answer, "after": after[prompt]}
+        {"prompt": end_of(prompt), "before": start_of(answer), "after": start_of(after[prompt])}
         for prompt, answer in before.items()
     ]
 
@@ -260,9 +268,13 @@ def answers_of(files: RunFiles) -> list[Row]:
 # ----------------------------------------------------------------------------- the texts
 def marked_text(text: str, marks: list[tuple[int, int]]) -> Row:
     """Return the beginning of a response, as far as it is shown, with the marks in it."""
-    if len(text) > LONGEST_TEXT:
-        text = text[: LONGEST_TEXT - 1] + "…"
-    return {"response": text, "marks": [mark for mark in marks if mark[1] < LONGEST_TEXT]}
+    shown = [mark for mark in marks if mark[1] < LONGEST_TEXT]
+    return {"response": start_of(text), "marks": shown}
+
+
+def start_of(text: str) -> str:
+    """Return the beginning of a response, as far as it is shown."""
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
 
 
 def end_of(text: str) -> str:

@@ -17,7 +17,7 @@ TOKENS_OF_STEP = 20_000
 
 # ----------------------------------------------------------------------- the responses
 def samples_of_step(step: int, rows: list[Row], rollout: Any, figures: Any) -> list[Row]:
-    """Return the lines of samples.jsonl for a step; only add_tokens gives them tokens.
+    """Return the lines of samples.jsonl for a step, without tokens.
 
     rollout: what was said, as train_rlhf.py has it. figures: of the tokens, likewise.
     """
@@ -29,7 +29,6 @@ def samples_of_step(step: int, rows: list[Row], rollout: Any, figures: Any) -> l
             "response": text,
             "score": score,
             "kl": kl.sum().item(),
-            "tokens": None,
         }
         samples.append(sample)
     return samples

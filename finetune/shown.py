@@ -1,6 +1,5 @@
 """What the stages before PPO write for whoever watches them: examples and comparisons."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from finetune.samples import token_texts
 
 # How many examples are shown of those to train on, and of those held out.
 EXAMPLES_SHOWN = 6
+TOKENS_SHOWN = 1000  # of an example; of a longer one the last, for the answer is at the end
 
 # How many held-out comparisons are shown, each with the scores of its texts.
 COMPARISONS_SHOWN = 200
@@ -28,11 +28,13 @@ def write_learned(
     lines = []
     for held_out, shown in ((True, eval_learned), (False, learned)):
         for example, row in zip(shown.examples[:EXAMPLES_SHOWN], shown.rows):
+            ids = example["input_ids"][-TOKENS_SHOWN:]
+            labels = example["labels"][-TOKENS_SHOWN:]
             line = {
                 "held_out": held_out,
                 "asked": row["shown"],
-                "text": names_and_texts(tokenizer, example["input_ids"]),
-                "learned": [label != -100 for label in example["labels"]],
+                "text": names_and_texts(tokenizer, ids),
+                "learned": [label != -100 for label in labels],
             }
             lines.append(line)
     write_lines(path, lines)
@@ -58,13 +60,12 @@ def write_compared(held_out: Any, path: Path) -> None:
     text with a label the other text, and its score, are None.
     """
     every = -(-len(held_out.examples) // COMPARISONS_SHOWN)
-    shown = replace(held_out, examples=held_out.examples[::every])
-    _, scores = shown.margins_and_scores()
+    shown = held_out.examples[::every]
     lines = []
-    for example in shown.examples:
+    for example, scores in zip(shown, held_out.judge(shown).scores):
         line: Row = dict.fromkeys(("better", "better_score", "worse", "worse_score"))
-        for text, sign in zip(example["texts"], example["signs"]):
+        for text, score, sign in zip(example["texts"], scores, example["signs"]):
             name = "better" if sign > 0 else "worse"
-            line |= {name: text, f"{name}_score": scores[text]}
+            line |= {name: text, f"{name}_score": score}
         lines.append(line)
     write_lines(path, lines)

@@ -32,7 +32,11 @@ def summarize(report: dict[str, Any], folder: str) -> str:
 
     lines += ["", *verdict(before, after)]
     lines[-1] += advice(report)
-    lines += ["", "The model is beside report.json and training.png. To load it:", ""]
+    lines += [
+        "",
+        "The model is beside report.json and watch.html, which shows how it learned. To load it:",
+        "",
+    ]
     lines += [how_to_load(report, folder), ""]
     return "\n".join(lines)
 

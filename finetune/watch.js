@@ -31,11 +31,11 @@ function plain(number, digits = 2) {
   return signed(number, digits).replace("+", "");
 }
 
-// Return a number with the four digits that are known of it, and two places at least.
+// Return a number with the four digits that are known of it, in two to five places.
 function exact(number) {
   if (!number) return signed(number);
   const places = 3 - Math.floor(Math.log10(Math.abs(number)));
-  return signed(number, Math.min(Math.max(places, 2), 8)).replace(/(\.\d\d\d*?)0+$/, "$1");
+  return signed(number, Math.min(Math.max(places, 2), 5)).replace(/(\.\d\d\d*?)0+$/, "$1");
 }
 
 function percent(share, digits = 1) {
@@ -79,7 +79,8 @@ function showHeader() {
   if (!run.results) {
     const done = `${whole(run.step)} of ${whole(run.total_steps)} steps are done`;
     byId("status").textContent =
-      `The run still goes on, or was stopped: ${done}. What the model says after it is not known yet.`;
+      `The run still goes on, or was stopped: ${done}. ` +
+      "What comes of it is not known yet.";
     byId("status").hidden = false;
   }
 }
@@ -101,7 +102,7 @@ function showResult() {
   const { base, trained } = run.results;
   if (run.script === "train_rlhf") showPolicyResult(base.train_prompts, trained.train_prompts);
   if (run.script === "train_sft") {
-    showHeadline(base.loss.toFixed(2), trained.loss.toFixed(2), "nats a token: the held-out loss");
+    showHeadline(plain(base.loss), plain(trained.loss), "nats a token: the held-out loss");
     const count = `${whole(trained.tokens)} tokens of ${whole(trained.examples)} held-out answers`;
     byId("verdict").textContent = `Over ${count}. ${learnedOrNot()}`;
   }
@@ -125,7 +126,7 @@ function showPolicyResult(before, after) {
   }
   const unit = run.is_rule
     ? "of responses have one of the positive words"
-    : "of responses are a success";
+    : `of responses score above ${plain(run.threshold)}`;
   showHeadline(percent(before.success_rate, 0), percent(after.success_rate, 0), unit);
   byId("verdict").textContent = `Mean score ${scores}, ${cost}. ${learnedOrNot()}`;
 }
@@ -157,7 +158,7 @@ function panelsOfRun() {
     const scaled = (rewards, kls) =>
       rewards.map((reward, i) => (reward === null ? null : reward + run.kl_coef * kls[i]));
     const score = {
-      name: "score",
+      name: isScaled() ? "score, as trained on" : "score",
       look: "more",
       xs,
       ys: scaled(curve.mean_reward, curve.mean_kl),
@@ -176,6 +177,14 @@ function panelsOfRun() {
     panels.push({ height: 140, series: [heldOut("accuracy", "held-out accuracy")] });
   }
   return panels;
+}
+
+// Return whether the scores were put on another scale before they were trained on.
+function isScaled() {
+  const { score, reward, kl } = run.curve;
+  return reward.some((left, i) => {
+    return left !== null && Math.abs(left + run.kl_coef * kl[i] - score[i]) > 0.01;
+  });
 }
 
 // Return what was measured on held-out rows: before, at some steps, and after.
@@ -211,8 +220,12 @@ function ticksBetween(least, most, count = 3) {
   return ticks;
 }
 
+function widthOfCurve() {
+  return byId("curve").getBoundingClientRect().width;
+}
+
 function placeOfStep(step) {
-  const width = byId("curve").clientWidth;
+  const width = widthOfCurve();
   return LEFT + ((width - LEFT - RIGHT) * step) / Math.max(run.step, 1);
 }
 
@@ -220,7 +233,7 @@ function drawCurve() {
   const curve = byId("curve");
   const panels = panelsOfRun();
   const height = panels.reduce((sum, panel) => sum + PANEL_TOP + panel.height, 30);
-  const width = curve.clientWidth;
+  const width = widthOfCurve();
   curve.replaceChildren();
   curve.setAttribute("viewBox", `0 0 ${width} ${height}`);
   curve.setAttribute("height", height);
@@ -333,9 +346,8 @@ function showFiguresOfStep(step) {
   if (step.success_rate !== null) parts.push(`, ${percent(step.success_rate, 0)} success`);
   const price = step.kl === null ? null : step.kl_coef * step.kl;
   parts.push(`; KL ${plain(step.kl)} nats, which cost ${plain(price)}`);
-  const scaled = step.reward + price;
-  const isScaled = step.reward !== null && Math.abs(scaled - step.score) > 0.001;
-  parts.push(isScaled ? `; on the scale of the training ${signed(scaled)}, and ` : "; ");
+  const scaled = step.reward === null ? null : step.reward + price;
+  parts.push(isScaled() ? `; as trained on the score is ${signed(scaled)}, and ` : "; ");
   parts.push(make("b", { class: "less-text" }, signed(step.reward)), " left.");
   byId("figures-of-step").replaceChildren(...parts);
 
@@ -351,11 +363,11 @@ function showWhichSteps() {
     const few = numbers.slice(0, 3).map(whole).join(", ");
     byId("which-steps").textContent =
       `Of ${whole(run.step)} steps, ${numbers.length} are kept here, an even choice: ${few} …` +
-      ` ${whole(numbers.at(-1))}.`;
+      ` ${whole(numbers.at(-1))}. The responses of all steps are in samples.jsonl.`;
   }
   byId("mark-help").textContent = run.is_rule
     ? "Marked are the words that count."
-    : "Marked is the token that earned most.";
+    : "Marked is the token that earned most, where one earned something.";
 }
 
 function sortedBy(rows, name, descending) {
@@ -582,7 +594,8 @@ function showMeasured() {
   section.hidden = false;
   if (run.is_rule) byId("measured-help").textContent = "Marked are the words that count.";
   const groups = run.measured.map((row) => {
-    const fewer = row.count > row.pairs.length ? `, the first ${row.pairs.length} of ${row.count}` : "";
+    const isCut = row.count > row.pairs.length;
+    const fewer = isCut ? `, the first ${row.pairs.length} of ${row.count}` : "";
     return {
       title: `${row.prompt} …`,
       note: `${row.held_out ? "held out, never trained on" : "trained on"}${fewer}`,

@@ -65,6 +65,14 @@ def write_page(folder: Path, new: Path | None = None) -> Path:
     return path
 
 
+def add_page(folder: Path, new: Path) -> None:
+    """Write the page of a run that ends, see write_page; a file that was spoiled costs it alone."""
+    try:
+        write_page(folder, new)
+    except SettingsError as error:
+        print(f"There is no watch.html, for {error}", flush=True)
+
+
 def make_page(folder: Path, new: Path | None = None) -> str:
     """Return the page of a run as HTML, of at most LARGEST_PAGE bytes; see write_page."""
     parts = Path(__file__).parent

@@ -32,7 +32,8 @@ import train_rlhf
 from finetune import evaluation
 from finetune.heads import load_with_head, save_with_head
 from finetune.hub import context_of, find_model
-from finetune.models import add_adapter, load_base_model, save_model
+from finetune.models import add_adapter, load_base_model
+from finetune.saving import save_model
 from finetune.settings import read_settings as read_settings_of
 
 FULL = bool(os.environ.get("CI_FULL"))

@@ -20,9 +20,9 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 GUIDES = [README, *PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in GUIDES}
 SCRIPTS = ["train_rlhf", "train_sft", "train_reward_model", "make_instructions"]
-TOLD_BEFORE_IT_IS_THERE = {"finetune/watch.py"}
 WRITTEN = {  # what the commands that are shown write, and files of the user's own
     *("README.md", "training.png", "report.json", "metrics.jsonl", "samples.jsonl", "watch.html"),
+    *("measured.jsonl", "run.json", "learned.jsonl", "compared.jsonl", "trained_model/watch.html"),
     *("comparison.md", "comparison.png", "answers.jsonl", "instructions.jsonl", "texts.jsonl"),
     *("instructions/instructions.jsonl", "pairs.jsonl", "my_prompts.csv", "rewards.py"),
     *("config.json", "rewards.py:few_words"),
@@ -166,8 +166,7 @@ def test_files_that_are_named_are_there(name):
             if name == "CONTRIBUTING.md":
                 folder = "finetune/" if file.startswith("finetune/") else folder
                 file = file if "/" in file or (ROOT / file).exists() else folder + file
-            known = WRITTEN | TOLD_BEFORE_IT_IS_THERE
-            assert file in known or (ROOT / file).exists(), f"{name}: {file}"
+            assert file in WRITTEN or (ROOT / file).exists(), f"{name}: {file}"
 
 
 def names_in(path):
@@ -219,7 +218,7 @@ def test_a_command_is_understood(name, words):
     """The script is there, knows the flags, and takes their values."""
     if words[0] == "python" and words[1] == "-m" and words[2].startswith("finetune."):
         file = words[2].replace(".", "/") + ".py"
-        assert file in TOLD_BEFORE_IT_IS_THERE or (ROOT / file).exists()
+        assert (ROOT / file).exists()
         return
     ours = script_of(words)
     if ours is None or "pip" in words:
@@ -301,6 +300,11 @@ def test_the_fields_of_a_step_and_of_a_sample(runs):
         assert record.keys() == fields("## metrics.jsonl")
     for sample in read_lines(runs / "train_rlhf" / "samples.jsonl"):
         assert sample.keys() == fields("## samples.jsonl")
+        assert sample["tokens"].keys() == fields("`tokens` has")
+    for measured in read_lines(runs / "train_rlhf" / "measured.jsonl"):
+        names = ("model", "prompts", "prompt", "response", "score", "kl")
+        assert tuple(measured) == names
+        assert all(f"`{name}`" in TEXTS["docs/metrics.md"] for name in names)
 
 
 def test_the_fields_of_the_report(runs):
@@ -319,6 +323,6 @@ def test_the_fields_of_the_stages_before(runs, name):
         assert record.keys() == fields("## The stages before PPO")
     report = report_of(runs, name)
     of_ppo = fields("## report.json")
-    assert {"base", "trained", "learned"} <= report.keys() <= of_ppo
+    assert {"base", "trained", "learned"} <= report.keys() <= of_ppo | {"learning_rate"}
     for part in ("base", "trained"):
         assert report[part].keys() == fields(f"for `{name}.py`:")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import greedy, refusals
+from helpers import greedy, page_content, read_rows, refusals
 from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -26,7 +26,7 @@ from transformers import (
 import make_instructions
 import train_rlhf
 import train_sft
-from finetune import command, models
+from finetune import command, saving
 from finetune.checkpoint import trained_weights
 from finetune.errors import shorten
 from finetune.loading import load_model
@@ -191,7 +191,7 @@ def trained(folder, make, tmp_path_factory):
 
     built.greedy = greedy(built.model, built.tokenizer, PROMPTS)
     built.saved = tmp_path_factory.mktemp("saved")
-    models.save_model(built.model, built.tokenizer, built.settings, built.saved)  # merges it
+    saving.save_model(built.model, built.tokenizer, built.settings, built.saved)  # merges it
     built.plain = AutoModelForSeq2SeqLM.from_pretrained(built.saved).eval()
     return built
 
@@ -289,7 +289,7 @@ def test_a_step_with_smaller_weights(make, folders, tmp_path, flags):
     assert take_step(built)["skipped_updates"] == 0
     after = weights_of(built)
     assert not all(torch.equal(before[name], after[name]) for name in before)
-    models.save_model(built.model, built.tokenizer, built.settings, tmp_path)
+    saving.save_model(built.model, built.tokenizer, built.settings, tmp_path)
     saved = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert not getattr(saved, "is_quantized", False)
     assert len(greedy(saved, built.tokenizer, PROMPTS)) == 3
@@ -344,6 +344,18 @@ def test_a_random_t5_learns_a_rule_and_goes_on(learned):
     assert "going on after step 10\n" in learned.screen
     lines = (learned.folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(1, 16)]
+
+
+def test_the_page_shows_the_tokens_of_each_step_once(learned):
+    rows = read_rows(learned.folder / "samples.jsonl")
+    assert [row["step"] for row in rows] == [step for step in range(1, 16) for _ in range(12)]
+    for row in rows:
+        assert "".join(row["tokens"]["text"]) == row["response"]
+        assert sum(row["tokens"]["kl"]) == pytest.approx(row["kl"], rel=1e-3, abs=1e-6)
+    steps = page_content(learned.folder / "watch.html")["steps"]
+    assert [step["step"] for step in steps] == [*range(1, 16)]
+    tokens = [response["tokens"] for step in steps for response in step["responses"]]
+    assert tokens == [row["tokens"] for row in rows]
 
 
 def test_screen_and_card_tell_how_to_load_it(learned, monkeypatch):

@@ -25,8 +25,9 @@ ORDER = [  # of the files in finetune/: each imports only from those before it
     *("errors", "words", "guests", "processes", "settings", "hub", "checks", "command"),
     *("hub_data", "fields", "files", "messages", "dialogues", "data", "prompts"),
     *("examples", "comparisons", "seed_tasks", "functions", "tokens", "chat", "labels"),
-    *("judged", "logits", "models", "loading", "scale", "beginnings", "classifiers", "scorers"),
-    *("checkpoint", "trackers", "progress", "output", "sampling", "batches", "supervised"),
+    *("judged", "logits", "models", "saving", "loading", "scale", "beginnings", "classifiers"),
+    "scorers",
+    *("checkpoint", "trackers", "progress", "output", "sampling", "batches", "rates", "supervised"),
     *("held_out", "heads", "writer", "self_instruct", "answers"),
     *("run_files", "pages", "watch", "measurement", "samples", "shown", "summary", "evaluation"),
 ]

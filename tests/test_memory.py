@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.errors import SettingsError
 from finetune.evaluation import measure
-from finetune.models import save_model
+from finetune.saving import save_model
 from finetune.tokens import encode
 
 FULL = bool(os.environ.get("CI_FULL"))

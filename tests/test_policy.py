@@ -8,7 +8,7 @@ from helpers import evaluate, make_batch, refusals
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
-from finetune.models import save_model
+from finetune.saving import save_model
 
 ONE_UPDATE = ["--ppo-epochs", "1", "--target-approx-kl", "0"]
 EACH_DTYPE = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -165,7 +165,8 @@ def test_the_samples_of_each_step(learned):
         batch = learned.samples[last - size : last]
         assert {sample["step"] for sample in batch} == {record["step"]}
         for sample in batch:
-            assert set(sample) == {"step", "prompt", "response", "score", "kl"}
+            assert set(sample) == {"step", "prompt", "response", "score", "kl", "tokens"}
+            assert "".join(sample["tokens"]["text"]) == sample["response"]
             assert sample["score"] in (1.0, -1.0) and sample["kl"] > -1e-6
         for name in ("score", "kl"):
             mean = sum(sample[name] for sample in batch) / size

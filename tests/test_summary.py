@@ -68,7 +68,7 @@ def test_a_summary_from_top_to_bottom():
         "Score: -0.50 ± 0.06 before, +0.50 ± 0.06 after, a win rate of 75%,",
         "at 2.0 nats from the base model. Success: 25.0% before, 75.0% after.",
         "",
-        "The model is beside report.json and training.png. To load it:",
+        "The model is beside report.json and watch.html, which shows how it learned. To load it:",
         "",
         "    from transformers import pipeline",
         "",

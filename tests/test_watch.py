@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from finetune import pages, samples, watch
+from finetune import pages, samples, shown, watch
+from finetune.held_out import Judged
+from finetune.labels import Learned
 from finetune.tokens import load_tokenizer, texts_of
 from finetune.words import has_word, word_spans
 
@@ -114,9 +117,9 @@ def test_a_step_of_very_many_tokens_keeps_those_of_its_first_responses(monkeypat
     figures = [[torch.full((len(response),), 1 / 3) for response in responses]] * 6
     names = ("scores", "kl", "values", "advantages", "logprobs", "ref_logprobs")
     rollout = SimpleNamespace(queries=[query] * 3, responses=responses)
-    rows = [{"tokens": None} for _ in responses]
+    rows = [{} for _ in responses]
     samples.add_tokens(rows, tokenizer, rollout, SimpleNamespace(**dict(zip(names, figures))))
-    assert [bool(row["tokens"]) for row in rows] == [True, True, False]
+    assert ["tokens" in row for row in rows] == [True, True, False]
     assert rows[0]["tokens"]["kl"] == [0.3333] * len(responses[0])
 
 
@@ -183,13 +186,13 @@ def test_the_page_of_a_run(trained):
         json.loads((trained / "report.json").read_text()),
     )
     assert [step["step"] for step in content["steps"]] == [*range(1, 9)]
-    shown = [response for step in content["steps"] for response in step["responses"]]
-    assert [response["tokens"] for response in shown] == [row["tokens"] for row in rows]
+    responses = [response for step in content["steps"] for response in step["responses"]]
+    assert [response["tokens"] for response in responses] == [row["tokens"] for row in rows]
     assert (
         content["results"]["trained"]["train_prompts"]["kl"]
         == report["trained"]["train_prompts"]["kl"]
     )
-    for response in shown:
+    for response in responses:
         words = [response["response"][first:last] for first, last in response["marks"]]
         assert bool(words) == (response["score"] > 0)
 
@@ -277,13 +280,43 @@ def test_the_report_of_an_earlier_end_says_nothing_of_a_run_that_went_on(tmp_pat
     assert page_content(watch.write_page(folder))["results"] is not None
 
 
+def test_figures_that_are_not_finite_are_no_hindrance(tmp_path):
+    folder = write_run(tmp_path, 5)
+    figures = {"loss": math.nan, "calibration": [{"observed": math.inf}], "first_sample": {}}
+    report = {"samples": 50, "device": "CPU", "learned": False, "base": figures, "trained": figures}
+    (folder / "report.json").write_text(json.dumps(report))
+    results = page_content(watch.write_page(folder))["results"]
+    assert results["base"] == {"loss": None, "calibration": [{"observed": None}]}
+
+
 def test_a_run_without_tokens_has_a_page_too(tmp_path):
     folder = write_run(tmp_path, 3)
-    rows = [row | {"tokens": None} for row in read_rows(folder / "samples.jsonl")]
+    rows = read_rows(folder / "samples.jsonl")
+    for row in rows:
+        del row["tokens"]
     lines = [json.dumps(row) + "\n" for row in rows]
     (folder / "samples.jsonl").write_text("".join(lines))
     content = page_content(watch.write_page(folder))
     assert [len(step["responses"]) for step in content["steps"]] == [10] * 3
+
+
+def test_a_file_that_was_spoiled_costs_a_run_its_page_and_nothing_else(
+    call_main, demo_model, tmp_path, capsys
+):
+    flags = ["--model-name", demo_model, "--device", "cpu", "--batch-size", "4"]
+    flags += ["--eval-samples", "4", "--eval-prompts", "--max-new-tokens", "4"]
+    assert call_main(*flags, "--training-epochs", "1") == 0
+    folder = tmp_path / "trained_model"
+    lines = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+    (folder / "samples.jsonl").write_text("".join(["no JSON\n", *lines[1:]]))
+    (folder / "watch.html").unlink()
+    capsys.readouterr()
+    assert call_main(*flags, "--training-epochs", "2", "--resume") == 0
+    out, err = capsys.readouterr()
+    told = "There is no watch.html, for trained_model/samples.jsonl, line 1, can't be read ("
+    assert told in out and err == ""
+    assert json.loads((folder / "report.json").read_text())["samples"] == 12
+    assert not (folder / "watch.html").exists()
 
 
 def test_a_disk_that_is_full_is_told_in_a_line(tmp_path, monkeypatch, capsys):
@@ -363,7 +396,7 @@ def test_each_quantity_names_a_function_of_the_script():
     functions = {node.name: ast.unparse(node) for node in ast.walk(tree) if isinstance(node, kinds)}
     # What stands there, and not only that it is there.
     lines = {
-        "score": "added = scaled.diff()",
+        "score": "earned[asked[1:] - 1] = scaled.diff()",
         "kl": "kl = self._kl_penalty(all_logprobs, all_ref_logprobs)",
         "price": "config.init_kl_coef * kl",
         "reward": "rewards = batch.token_scores - config.init_kl_coef * kl",
@@ -379,6 +412,49 @@ def test_each_quantity_names_a_function_of_the_script():
 def test_where_there_are_no_words_the_token_is_marked_that_earned_most(tmp_path):
     folder = write_run(tmp_path, 2, reward="rewards.py:few_words")
     response = page_content(watch.write_page(folder))["steps"][0]["responses"][0]
-    assert response["marks"] == [[3, 9]]
-    assert response["response"][3:9] == " happy"
+    assert response["marks"] == [[4, 9]]
+    assert response["response"][4:9] == "happy"
     assert pages.best_token({"score": [-1.0, None, 0.0], "text": ["a", "b", "c"]}) == []
+
+
+# ---------------------------------------------------------------- the stages before PPO
+def test_the_tokens_of_an_example_are_its_text_with_special_ones_by_name(demo_model):
+    tokenizer = load_tokenizer(demo_model)
+    ids = tokenizer("Say 😀, please")["input_ids"] + [tokenizer.eos_token_id]
+    texts = shown.names_and_texts(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert (texts[0], texts[-1]) == (tokenizer.bos_token, tokenizer.eos_token)
+    assert "".join(texts[1:-1]).strip() == "Say 😀, please"
+
+
+def test_of_a_long_example_the_end_is_shown_where_the_answer_is(demo_model, tmp_path):
+    tokenizer = load_tokenizer(demo_model)
+    ids = tokenizer(" dog" * 3000)["input_ids"]
+    labels = [-100] * (len(ids) - 2) + ids[-2:]
+    learned = Learned([{"input_ids": ids, "labels": labels}] * 9, [{"shown": "dog"}] * 9)
+    shown.write_learned(tokenizer, learned, learned, tmp_path / "learned.jsonl")
+    rows = read_rows(tmp_path / "learned.jsonl")
+    assert [row["held_out"] for row in rows] == [True] * 6 + [False] * 6
+    for row in rows:
+        assert len(row["text"]) == len(row["learned"]) == 1000
+        assert row["learned"] == [False] * 998 + [True] * 2
+
+
+def test_of_many_comparisons_an_even_choice_is_scored_and_written(tmp_path):
+    @dataclass(frozen=True)
+    class HeldOut:
+        examples: list
+
+        def judge(self, examples):
+            scores = [[float(len(text)) for text in example["texts"]] for example in examples]
+            return Judged([0.0] * len(examples), scores)
+
+    pairs = [{"texts": ("a" * n, "b"), "signs": (1.0, -1.0)} for n in range(1, 500)]
+    labelled = [{"texts": ("bad",), "signs": (-1.0,)}]
+    path = tmp_path / "compared.jsonl"
+    shown.write_compared(HeldOut(pairs), path)
+    rows = read_rows(path)
+    assert [row["better_score"] for row in rows] == [*range(1, 500, 3)]
+    shown.write_compared(HeldOut(labelled), path)
+    wanted = {"better": None, "better_score": None, "worse": "bad", "worse_score": 3.0}
+    assert read_rows(path) == [wanted]
