@@ -351,9 +351,9 @@ class PolicyWithValueHead(torch.nn.Module):
     pretrained_model: Any
     v_head: Any
 
-    def __init__(self, model: Any, temperature: float) -> None:
+    def __init__(self, model: Any, head: OutputHead) -> None:
         super().__init__(model, summary_dropout_prob=0.0)
-        self.head = find_head(model, temperature)
+        self.head = head
         # This tells TRL that the base model is this one with its adapter off.
         self.is_peft_model = True
 
@@ -436,9 +436,11 @@ def make_policy(model: Any, tokenizer: Tokenizer, settings: Settings) -> PolicyW
     with blame("MODEL_NAME", settings.model_name, "name a model of another family, as Llama"):
         if model.config.get_text_config() is not model.config:
             raise ValueError("it takes pictures or sound too")
-        policy = policy_class(adapted, settings.temperature).to(model.device).eval()
-        if not models.head_is_whole(policy, tokenizer):
-            policy.head = replace(policy.head, layer=None)
+        head = find_head(adapted, settings.temperature)
+        policy = policy_class(adapted, head).to(model.device).eval()
+        unsplit = policy_class(adapted, replace(head, layer=None)).to(model.device).eval()
+        if not models.head_is_whole(policy, unsplit, tokenizer):
+            policy = unsplit
         models.check_padding(policy, tokenizer)
     return policy
 
@@ -968,7 +970,7 @@ class ExactKLTrainer(trl.PPOTrainer):
         that of the first update too.
         """
         is_whole = self.config.mini_batch_size >= len(batch.mask)
-        sampling_pass = None
+        columns: list[torch.Tensor] = []
         order = torch.arange(len(batch.mask), device=batch.mask.device)
         for indices in order.split(self.config.mini_batch_size):
             own_indices = self.own_share(indices)
@@ -978,16 +980,15 @@ class ExactKLTrainer(trl.PPOTrainer):
                 policy_pass = self.policy_pass(minibatch, ref_states)
 
             # No gradient goes through what this step is measured against.
-            sampling_pass = sampling_pass or PolicyPass._make(
+            columns = columns or [
                 own.new_zeros(len(batch.mask), *own.shape[1:]) for own in policy_pass
-            )
-            for tensor, own in zip(sampling_pass, policy_pass):
-                tensor[own_indices] = own.detach()
+            ]
+            for column, own in zip(columns, policy_pass):
+                column[own_indices] = own.detach()
 
         # What other processes found is 0 here, so the sum over all processes has it all.
-        sampling_pass = PolicyPass._make(
-            self.accelerator.reduce(tensor, "sum") for tensor in sampling_pass
-        )
+        reduced = [self.accelerator.reduce(column, "sum") for column in columns]
+        sampling_pass = PolicyPass._make(reduced)
         return sampling_pass, policy_pass if is_whole else None
 
     def own_share(self, indices: torch.Tensor) -> torch.Tensor:

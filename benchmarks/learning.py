@@ -41,11 +41,11 @@ VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
     "the last token gets the score": (["--score-prefixes", "false"], ""),
     "KL in the reward alone": (
         [],
-        "from trl import PPOTrainer\n"
-        "exact_kl = PPOTrainer._kl_penalty\n"
-        "def without_gradient(self, *logprobs):\n"
-        "    return exact_kl(self, *logprobs).detach()\n"
-        "PPOTrainer._kl_penalty = without_gradient",
+        "token_statistics = train_rlhf.token_statistics\n"
+        "def without_gradient(*arguments):\n"
+        "    statistics = token_statistics(*arguments)\n"
+        "    return statistics._replace(kl=statistics.kl.detach())\n"
+        "train_rlhf.token_statistics = without_gradient",
     ),
     "advantages whitened": (
         [],

@@ -13,7 +13,9 @@ mean nothing, so that only seconds and memory do. Beside each stands, measured i
 - the floor: the passes that a step can't do without, from their shapes, at the rate of a matrix
   product of that shape and at the memory bandwidth, both measured there and then.
 
-Each is a process of its own, in turn, for several rounds; the table has medians.
+Scoring is the base model's pass without its output head, whose work is among the updates: logits
+are made there, a piece at a time. Each is a process of its own, in turn, for several rounds; the
+table has medians.
 """
 
 import argparse

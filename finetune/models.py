@@ -1,6 +1,5 @@
 """Models: loaded whole, and adapted."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -144,15 +143,15 @@ def check_finite(model: torch.nn.Module) -> None:
 
 
 def check_padding(
-    policy: Any,
+    wrapped: Any,
     tokenizer: transformers.PreTrainedTokenizerBase,
     length: int = 3,
 ) -> None:
     """Refuse a model that says something else when padded, or knows what follows.
 
-    policy: the model with a value head, as train_rlhf.py has it. length: in tokens.
+    wrapped: the model with a value head, as train_rlhf.py has it. length: in tokens.
     """
-    model = policy.pretrained_model
+    model = wrapped.pretrained_model
     query = tokenizer("I am so very glad today", return_tensors="pt")["input_ids"][0]
     queries = [query[:2], query]  # beside the second the first is padded
     with torch.no_grad():
@@ -171,8 +170,8 @@ def check_padding(
         for count in (1, 2):
             responses = list(output.sequences[:count, -length:].cpu())
             inputs, mask = pad_batch(tokenizer, queries[:count], responses, model.device)
-            states, _ = policy(**inputs, earned=mask.float())
-            logits = policy.head(states[0]) * policy.head.temperature
+            states, _ = wrapped(**inputs, earned=mask.float())
+            logits = wrapped.head(states[0]) * wrapped.head.temperature
             probabilities = torch.softmax(logits, dim=-1)
 
             # This is 2 where nothing is alike; weights in 16 bits make 0.04.
@@ -181,26 +180,27 @@ def check_padding(
                 raise ValueError("padding, or what follows, changes its probabilities")
 
 
-def head_is_whole(policy: Any, tokenizer: transformers.PreTrainedTokenizerBase) -> bool:
+def head_is_whole(
+    wrapped: Any, unsplit: Any, tokenizer: transformers.PreTrainedTokenizerBase
+) -> bool:
     """Return whether the head that was found makes the very logits that the model makes.
 
-    policy: the model with a value head, as train_rlhf.py has it.
+    wrapped, unsplit: the model with a value head, as train_rlhf.py has it, with that head
+    and without.
     """
-    head = policy.head
+    model = wrapped.pretrained_model
     query = tokenizer("I am so very glad today", return_tensors="pt")["input_ids"][0]
-    inputs, mask = pad_batch(tokenizer, [query], [query[-2:]], policy.pretrained_model.device)
+    inputs, mask = pad_batch(tokenizer, [query], [query[-2:]], model.device)
     with torch.no_grad():
         try:
-            states, _ = policy(**inputs, earned=mask.float())
-            logits = head(states)
+            states, _ = wrapped(**inputs, earned=mask.float())
+            logits = wrapped.head(states)
         # A model may make its logits without its head, or in another form.
         except (AttributeError, IndexError, RuntimeError, TypeError):
             return False
-        policy.head = replace(head, layer=None)
-        states, _ = policy(**inputs, earned=mask.float())
-        model_logits = policy.head(states)
-        policy.head = head
-    tolerance = 1e-4 if policy.pretrained_model.dtype == torch.float32 else 0.05
+        states, _ = unsplit(**inputs, earned=mask.float())
+        model_logits = unsplit.head(states)
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.05
     return torch.allclose(logits, model_logits, rtol=tolerance, atol=tolerance)
 
 

@@ -62,7 +62,8 @@ def evaluate(built, queries, responses):
     """Return all logprobs and values of each response, of padded ones in a batch."""
     batch = make_batch(built, queries, responses)
     with torch.no_grad():
-        all_logprobs, values = built.policy(**batch.inputs)
+        states, values = built.policy(**batch.inputs)
+        all_logprobs = built.policy.head(states).log_softmax(-1)
     rows = zip(all_logprobs, values, batch.mask.bool())
     return [(logprobs[where], value[where]) for logprobs, value, where in rows]
 

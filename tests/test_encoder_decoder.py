@@ -160,7 +160,8 @@ def evaluate(built, queries, responses):
     token_scores = [torch.full((len(response),), 0.5) for response in responses]
     batch = built.trainer.make_batch(queries, responses, token_scores)
     with torch.no_grad():
-        all_logprobs, values = built.policy(**batch.inputs)
+        states, values = built.policy(**batch.inputs)
+        all_logprobs = built.policy.head(states).log_softmax(-1)
     rows = zip(all_logprobs, values, batch.mask.bool())
     return [(logprobs[where], value[where]) for logprobs, value, where in rows]
 

@@ -1,8 +1,11 @@
 """What is needed of the logits, in pieces: the whole form's statistics, and its gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from trl import PPOTrainer
 
 import train_rlhf
 from finetune.logits import OutputHead, find_head
@@ -74,6 +77,24 @@ def test_the_gradients_are_right_to_numerical_differences(options):
     )
 
 
+@pytest.mark.parametrize("options", HEADS)
+def test_the_kl_and_its_gradient_are_those_of_trl(options):
+    head = make_head(**options)
+    states, ref_states, tokens = random_states()
+    kl = token_statistics(states, ref_states, tokens, head).kl
+    trainer = SimpleNamespace(config=SimpleNamespace(kl_penalty="full"))
+    all_logprobs = head(states).log_softmax(-1)
+    all_ref_logprobs = head(ref_states).log_softmax(-1)
+    trl_kl = PPOTrainer._kl_penalty(trainer, all_logprobs, all_ref_logprobs)
+    torch.testing.assert_close(kl, trl_kl, atol=1e-6, rtol=1e-5)
+
+    weights = torch.randn(BATCH, LENGTH)
+    (gradient,) = torch.autograd.grad((weights * kl).sum(), states)
+    (trl_gradient,) = torch.autograd.grad((weights * trl_kl).sum(), states)
+    torch.testing.assert_close(gradient, trl_gradient, atol=1e-6, rtol=1e-5)
+    assert gradient.abs().max() > 1e-2
+
+
 def test_where_nothing_was_learned_the_kl_is_exactly_0():
     states, _, tokens = random_states()
     head = make_head()
@@ -118,7 +139,7 @@ def test_the_head_makes_the_logits_of_the_family(make_settings, family):
     model = AutoModelForCausalLM.from_config(config)
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
     adapted = add_adapter(model, make_settings())
-    policy = train_rlhf.CausalPolicy(adapted, 0.5).eval()
+    policy = train_rlhf.CausalPolicy(adapted, find_head(adapted, 0.5)).eval()
     assert policy.head.layer is model.get_output_embeddings()
     ids = torch.tensor([[1, 5, 9, 13, 4, 8]])
     mask, earned = torch.ones_like(ids), torch.zeros(1, 3)
@@ -136,7 +157,7 @@ def test_the_head_of_t5_with_tied_embeddings(make_settings):
     )
     model = AutoModelForSeq2SeqLM.from_config(config)
     adapted = add_adapter(model, make_settings())
-    policy = train_rlhf.EncoderDecoderPolicy(adapted, 1.0).eval()
+    policy = train_rlhf.EncoderDecoderPolicy(adapted, find_head(adapted, 1.0)).eval()
     ids, response = torch.tensor([[5, 9, 13, 2]]), torch.tensor([[4, 8, 6]])
     both = torch.cat([ids, response], dim=1)
     with torch.no_grad():

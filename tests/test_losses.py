@@ -7,7 +7,8 @@ import pytest
 import torch
 from trl import PPOTrainer
 
-from train_rlhf import compute_advantages, entropy_of, policy_loss, value_loss
+from finetune.logits import OutputHead
+from train_rlhf import compute_advantages, policy_loss, token_statistics, value_loss
 
 FULL = bool(os.environ.get("CI_FULL"))
 SHAPES = [(1, 1), (1, 7), (5, 1), (6, 10), (10, 40)]
@@ -100,12 +101,15 @@ def test_losses_and_their_gradients_are_those_of_trl(shape, drift, clip_range, s
     mask = batch["mask"]
     loss, clip_fraction = policy_loss_of(batch, clip_range)
     squared_error = value_loss(batch["vpreds"], batch["values"], batch["returns"], mask, clip_range)
-    entropy = entropy_of(batch["logits"])
+    # The logits are what the head gets, so it is left out.
+    logits, tokens = batch["logits"], torch.zeros(shape, dtype=torch.long)
+    entropy = token_statistics(logits, logits, tokens, OutputHead(None, 1.0)).entropy
     entropy = (entropy * mask).sum() / mask.sum()
     assert torch.equal(loss, trl_policy_loss)
     assert torch.equal(0.1 * squared_error, trl_value_loss)
     assert torch.equal(clip_fraction, stats["policy/clipfrac"])
-    assert torch.equal(entropy, stats["policy/entropy"])
+    # Ours is the sum by its definition, TRL's has the logits in place of logprobs.
+    torch.testing.assert_close(entropy, stats["policy/entropy"], atol=1e-6, rtol=1e-6)
 
     inputs = [batch["logprobs"], batch["vpreds"]]
     total, trl_total = loss + 0.1 * squared_error, trl_policy_loss + trl_value_loss

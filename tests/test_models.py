@@ -250,7 +250,8 @@ def test_gradient_checkpointing_changes_no_gradient(trained, build, read_setting
     batch = make_batch(built, queries, responses)
     gradients = []
     for policy in (built.policy, take_up(build, forgetful).policy):
-        all_logprobs, values = policy(**batch.inputs)
+        states, values = policy(**batch.inputs)
+        all_logprobs = policy.head(states).log_softmax(-1)
         (all_logprobs.exp().square().sum() + values.sum()).backward()
         named = policy.named_parameters()
         gradients.append({name: each.grad for name, each in named if each.requires_grad})
@@ -406,7 +407,7 @@ def test_a_slip_in_positions_or_masks_is_seen_before_anything_is_trained(
 ):
     built = build(make_settings(read_settings, random_model("gpt2"), *flag.split()))
     policy, model = built.policy, built.policy.pretrained_model
-    check_padding(model, policy, built.tokenizer)
+    check_padding(policy, built.tokenizer)
     for part, name, slip in (
         (policy, "takes_positions", False),
         (policy, "forward", with_padding(policy.forward)),
@@ -415,4 +416,4 @@ def test_a_slip_in_positions_or_masks_is_seen_before_anything_is_trained(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(part, name, slip)
             with pytest.raises(ValueError, match="padding, or what follows"):
-                check_padding(model, policy, built.tokenizer)
+                check_padding(policy, built.tokenizer)

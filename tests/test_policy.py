@@ -117,10 +117,10 @@ def test_before_the_first_update_policy_and_base_model_are_one(build, roll_out, 
     with built.trainer.optional_peft_ctx():
         base = evaluate(built, queries, responses)
     for (logprobs, values), (ref_logprobs, _) in zip(policy, base):
-        torch.testing.assert_close(logprobs, ref_logprobs, atol=1e-6, rtol=0)
+        assert torch.equal(logprobs, ref_logprobs)
         assert not values.any()
     kls, _ = built.trainer.compare_with_base(queries, responses, is_base=False)
-    assert kls == pytest.approx([0] * len(queries), abs=1e-6)
+    assert kls == [0] * len(queries)
 
 
 # ------------------------------------------------ padding and positions

@@ -97,8 +97,10 @@ def test_rollout_and_loss_speak_of_one_distribution(respond, demo_model, tempera
 
     batch = built.trainer.make_batch(rollout.queries, rollout.responses, rollout.token_scores)
     with torch.no_grad():
-        of_policy, _ = built.policy(**batch.inputs)
-    of_base = built.trainer.ref_pass(batch.inputs)
+        states, _ = built.policy(**batch.inputs)
+        ref_states = built.trainer.ref_pass(batch.inputs)
+        of_policy = built.policy.head(states).log_softmax(-1)
+        of_base = built.policy.head(ref_states).log_softmax(-1)
     plain = AutoModelForCausalLM.from_pretrained(demo_model).float()
     rows = zip(rollout.queries, rollout.responses, of_policy, of_base)
     for query, response, *both in rows:

@@ -202,7 +202,7 @@ def test_every_number_of_a_step(
 
     assert len(updates) == 3 * 4 / mini_batch_size
     for update in updates:
-        check_experience(update, before)
+        check_experience(built, update, before)
 
     # Each epoch takes every row once, in an order of its own where there are several minibatches.
     orders = numpy.concatenate([update.rows for update in updates]).reshape(3, 4).tolist()
@@ -247,12 +247,14 @@ def check_token_figures(built, token_figures, before):
             assert told[row].numpy() == pytest.approx(numbers, **NEAR), name
 
 
-def check_experience(update, before):
+def check_experience(built, update, before):
     """Check what an update is given: each row its own numbers, and nothing of the padding."""
     for place, row in enumerate(update.rows):
         where = update.masks[place]
         assert where.sum() == len(before[row].values)
-        for name, numbers in update.experience._asdict().items():
+        given = update.experience._asdict()
+        all_ref_logprobs = built.policy.head(given.pop("ref_states")).log_softmax(-1)
+        for name, numbers in {**given, "all_ref_logprobs": all_ref_logprobs}.items():
             wanted = getattr(before[row], name)
             assert numbers[place][where].numpy() == pytest.approx(wanted, **NEAR)
         assert not update.experience.advantages[place][~where].any()
@@ -325,7 +327,7 @@ def test_approx_kl_foretells_how_far_a_step_moves(
     [
         (1, 0, {"base": 1, "update": 1}),
         (4, 0, {"base": 1, "update": 4}),
-        (2, 1, {"score": 4, "update": 8, "base": 12}),
+        (2, 1, {"score": 4, "update": 8, "base": 4}),
     ],
 )
 def test_a_step_makes_no_more_passes_than_it_needs(drifted, epochs, mini_batch_size, counts):

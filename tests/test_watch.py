@@ -397,12 +397,12 @@ def test_each_quantity_names_a_function_of_the_script():
     # What stands there, and not only that it is there.
     lines = {
         "score": "earned[asked[1:] - 1] = scaled.diff()",
-        "kl": "kl = self._kl_penalty(all_logprobs, all_ref_logprobs)",
+        "kl": "kl = expectation(probabilities, differences)",
         "price": "config.init_kl_coef * kl",
         "reward": "rewards = batch.token_scores - config.init_kl_coef * kl",
-        "value": "return (all_logprobs, values[..., 0] + values[..., 1] * earned)",
+        "value": "return (states, values[..., 0] + values[..., 1] * earned)",
         "advantage": "advantage = delta + gamma * lam * advantage",
-        "change": "ref_logprobs = of_tokens(all_ref_logprobs, batch.tokens)",
+        "change": "ref_logprobs = of_tokens(all_ref_logprobs, tokens)",
     }
     for quantity, name in named:
         assert lines[quantity] in functions[name], quantity
