@@ -1,5 +1,6 @@
 """What is needed of the logits, in pieces: the whole form's statistics, and its gradients."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -95,6 +96,20 @@ def test_the_kl_and_its_gradient_are_those_of_trl(options):
     assert gradient.abs().max() > 1e-2
 
 
+def test_in_16_bits_it_is_as_near_as_they_are():
+    head = make_head(torch.bfloat16)
+    states, ref_states, tokens = random_states(torch.bfloat16)
+    results = []
+    for compute in (token_statistics, whole_form):
+        found = compute(states, ref_states, tokens, head)
+        assert all(tensor.dtype == torch.float32 for tensor in found)
+        (gradient,) = torch.autograd.grad((found[0] + found[2]).sum(), states)
+        results.append([*found, gradient.float()])
+        assert gradient.dtype == torch.bfloat16
+    for ours, wanted in zip(*results):
+        torch.testing.assert_close(ours, wanted, atol=1e-2, rtol=2e-2)
+
+
 def test_where_nothing_was_learned_the_kl_is_exactly_0():
     states, _, tokens = random_states()
     head = make_head()
@@ -146,6 +161,31 @@ def test_the_head_makes_the_logits_of_the_family(make_settings, family):
     with torch.no_grad():
         states, _ = policy(ids, mask, earned)
         wanted = model(ids).logits[:, 2:5] / 0.5
+        torch.testing.assert_close(policy.head(states), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_is_taken_only_where_it_makes_the_logits_of_the_model(
+    build, make_settings, monkeypatch
+):
+    """Else the model makes them, and nothing is lost but memory."""
+    settings = make_settings("--temperature", "0.5")
+    policy = build(settings).policy
+    assert policy.head.layer is policy.pretrained_model.get_output_embeddings()
+
+    def find_another(model, temperature):
+        return replace(find_head(model, temperature), scale=2.0)
+
+    def find_none_of_its_own(model, temperature):
+        return replace(find_head(model, temperature), layer=torch.nn.Linear(8, 8))
+
+    for find in (find_another, find_none_of_its_own):
+        monkeypatch.setattr(train_rlhf, "find_head", find)
+        policy = build(settings).policy
+        assert policy.head.layer is None
+        ids = torch.tensor([[1, 50, 90, 130]])
+        with torch.no_grad():
+            states, _ = policy(ids, torch.ones_like(ids), torch.zeros(1, 2))
+            wanted = policy.pretrained_model(ids).logits[:, 1:3] / 0.5
         torch.testing.assert_close(policy.head(states), wanted, atol=1e-5, rtol=1e-5)
 
 

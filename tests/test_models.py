@@ -181,6 +181,7 @@ def test_two_steps_start_at_the_base_model_and_train_every_part_of_the_adapter(t
     # Exactly 0: the adapter's second matrix is 0, and both passes are the same arithmetic.
     assert first["kl"] == 0
     assert second["kl"] > 1e-3
+    assert trained.built.policy.head.layer is not None
     assert first["skipped_updates"] == second["skipped_updates"] == 0
     assert first["entropy"] < 7.3  # of 7.4, the logarithm of the vocabulary: far from uniform
     report = json.loads((trained.output / "report.json").read_text())
