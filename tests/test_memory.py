@@ -128,7 +128,8 @@ def test_no_tensor_has_the_vocabulary_for_more_than_a_piece_or_a_token_of_each_r
     size = mini_batch_size or 8
     assert of_rollout == size
     assert of_step == max(size, rows_of_piece)
-    assert of_measurement == [max(size, rows_of_piece)] * 2
+    # There EVAL_BATCH_SIZE responses are sampled at once.
+    assert of_measurement == [max(size, 4, rows_of_piece)] * 2
 
 
 def test_a_piece_has_32_mb_of_logits_or_a_single_row():
