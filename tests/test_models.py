@@ -104,6 +104,9 @@ REFUSED = {
 }
 RUN = ["--device", "cpu", "--batch-size", "4", "--max-new-tokens", "8", "--eval-samples", "4"]
 RUN += ["--lora-rank", "4", "--learning-rate", "0.003", "--training-epochs", "1.3"]  # two steps
+# Every response earns something: where none does, nothing moves.
+REWARDS = Path(__file__).resolve().parent.parent / "examples" / "rewards.py"
+RUN += ["--reward", f"{REWARDS}:few_words", "--scale-samples", "0"]
 PROMPTS = ["Life", "I'm feeling as if I could do it all", "My", "Today I am very happy and"]
 ANSWERS = ["is good", "and so", "day was long and I am so very tired of it all", "so are you"]
 

@@ -410,6 +410,22 @@ def test_the_loss_alone_pulls_a_drifted_policy_back(drifted, monkeypatch):
     assert kls[-1] < 0.3 * kls[0]
 
 
+def test_a_step_in_which_nothing_was_earned_moves_nothing(build, make_settings, roll_out):
+    """Where policy and base model are one, the gradient of the KL is exactly 0.
+
+    Of anything else, a rounding error too, Adam would make a step of full size.
+    """
+    built = build(make_settings("--ppo-epochs", "2"))
+    queries = encode(built.tokenizer, built.rows[:3], chat_template=False)
+    responses, _ = roll_out(built, queries)
+    before = [weight.clone() for weight in trained(built.trainer).values()]
+    token_scores = [torch.zeros(len(response)) for response in responses]
+    stats, _ = built.trainer.step(queries, responses, token_scores)
+    assert (stats["kl"], stats["approx_kl"], stats["skipped_updates"]) == (0, 0, 0)
+    assert is_same(before, [*trained(built.trainer).values()])
+    assert not any(gradient.any() for gradient in gradients_of(built.policy).values())
+
+
 @pytest.mark.parametrize("longest", [1e-3, 1e3, 0])
 def test_every_gradient_is_clipped(drifted, monkeypatch, longest):
     built = drifted("--max-grad-norm", longest, "--ppo-epochs", 3)
