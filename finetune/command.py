@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -44,7 +45,9 @@ def watch_the_start() -> None:
     That is a constant without its quotes, as in DEVICE = cpu, and Ctrl-C while
     libraries load.
     """
-    sys.excepthook = tell_in_a_line
+    # Asked for now: Python 3.14 has forgotten it by the time of the hook.
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    sys.excepthook = partial(tell_in_a_line, script)
     for number in stop_signals():
         signal.signal(number, leave)
 
@@ -70,15 +73,18 @@ def leave(number: int, frame: FrameType | None) -> None:
 
 
 def tell_in_a_line(
+    script: str | None,
     error_class: type[BaseException],
     error: BaseException,
     trace: TracebackType | None,
 ) -> None:
-    """Tell of a stop, or of a name that a line of the script does not know; else as Python does."""
+    """Tell of a stop, or of a name that a line of the script does not know; else as Python does.
+
+    script: its path, or None. The others: what Python gives to a hook for errors.
+    """
     if isinstance(error, Stopped):
         sys.exit(stopped(error))
     place = traceback.extract_tb(trace)[-1]
-    script = getattr(sys.modules["__main__"], "__file__", None)
     in_a_constant = (place.filename, place.name) == (script, "<module>")
     if isinstance(error, NameError) and in_a_constant and place.line:
         line = place.line.partition("#")[0].strip()
