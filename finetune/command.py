@@ -14,7 +14,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from functools import partial
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -45,9 +44,7 @@ def watch_the_start() -> None:
     That is a constant without its quotes, as in DEVICE = cpu, and Ctrl-C while
     libraries load.
     """
-    # Asked for now: Python 3.14 has forgotten it by the time of the hook.
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    sys.excepthook = partial(tell_in_a_line, script)
+    sys.excepthook = tell_in_a_line
     for number in stop_signals():
         signal.signal(number, leave)
 
@@ -73,19 +70,16 @@ def leave(number: int, frame: FrameType | None) -> None:
 
 
 def tell_in_a_line(
-    script: str | None,
     error_class: type[BaseException],
     error: BaseException,
     trace: TracebackType | None,
 ) -> None:
-    """Tell of a stop, or of a name that a line of the script does not know; else as Python does.
-
-    script: its path, or None. The others: what Python gives to a hook for errors.
-    """
+    """Tell of a stop, or of a name that a line of the script does not know; else as Python does."""
     if isinstance(error, Stopped):
         sys.exit(stopped(error))
     place = traceback.extract_tb(trace)[-1]
-    in_a_constant = (place.filename, place.name) == (script, "<module>")
+    frame, _ = list(traceback.walk_tb(trace))[-1]
+    in_a_constant = (frame.f_globals["__name__"], place.name) == ("__main__", "<module>")
     if isinstance(error, NameError) and in_a_constant and place.line:
         line = place.line.partition("#")[0].strip()
         print(f'{line}: give "{error.name}", in quotes', file=sys.stderr)
