@@ -21,7 +21,7 @@ advantages, losses, step. What is not PPO is in the folder finetune/ beside this
 """
 
 # /// script
-# requires-python = "==3.11.*"
+# requires-python = ">=3.11,<3.15"
 # dependencies = [  # those of requirements.txt, which says what each is for
 #     "trl==0.11.4", "torch==2.13.0", "transformers==5.23.0", "peft==0.21.2",
 #     "accelerate==1.15.0", "numpy==2.4.6", "datasets==5.2.0", "pyarrow==26.0.1",
