@@ -5,6 +5,7 @@
 # library only where it has to.
 import importlib.util
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from finetune.errors import SettingsError, blame, shorten
@@ -129,6 +130,11 @@ def check_output(model_name: str, output_dir: str) -> None:
         existing = next(path for path in paths if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ValueError(f"{existing} can't be written")
+
+        # What can't be looked at does not exist, to exists(), but is no folder to be made either: a
+        # name that is too long (from Python 3.14 on), a link that leads to itself.
+        with suppress(FileNotFoundError):
+            output.stat()
 
         names = set()
         if output.exists():
