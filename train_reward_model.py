@@ -131,7 +131,8 @@ def run(settings: Settings) -> None:
         model = unquantized(model)
         held_out = replace(held_out, model=model)
         with as_saved(model):
-            trained = held_out.measure()
+            judged = share_out(held_out.judge, eval_examples)
+        trained = comparison_figures(eval_examples, judged)
         # Whoever loads the model as a scorer reads these.
         scale = {"score_mean": trained["score_mean"], "score_std": trained["score_std"]}
         more = {"score_accuracy": trained["accuracy"], "conversation_form": form}
@@ -142,7 +143,7 @@ def run(settings: Settings) -> None:
                 save_with_head(model, tokenizer, settings, folder)
                 draw(report, metrics, folder / "training.png")
                 write_report(report, summarize(report), folder)
-                write_compared(held_out, folder / "compared.jsonl")
+                write_compared(eval_examples, judged.scores, folder / "compared.jsonl")
                 watch.add_page(Path(settings.output_dir), folder)
         print(summarize(report), flush=True)
 
@@ -211,7 +212,8 @@ class HeldOut:
             comparisons = examples[start : start + self.batch_size]
             batch = self.collate(comparisons).to(self.model.device)
             with torch.no_grad():
-                batch_margins, batch_scores = margins_of(self.model, batch, self.model.dtype)
+                found = margins_of(self.model, batch, self.model.dtype)
+            batch_margins, batch_scores = found
             margins += batch_margins.tolist()
             counts = [len(comparison["texts"]) for comparison in comparisons]
             scores += [of_one.tolist() for of_one in batch_scores.split(counts)]

@@ -1,7 +1,6 @@
 """What the stages before PPO write for whoever watches them: examples and comparisons."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -53,18 +52,17 @@ def names_and_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return texts
 
 
-def write_compared(held_out: Any, path: Path) -> None:
-    """Write a line for each of the held-out comparisons, an even choice: texts and their scores.
+def write_compared(examples: list[Row], scores: list[list[float]], path: Path) -> None:
+    """Write a line for each of an even choice of comparisons: its texts, and their scores.
 
-    held_out: the model and what it is measured on, as train_reward_model.py has it. Of a
-    text with a label the other text, and its score, are None.
+    scores: of the texts of each. Of a text with a label the other text, and its score,
+    are None.
     """
-    every = -(-len(held_out.examples) // COMPARISONS_SHOWN)
-    shown = held_out.examples[::every]
+    every = -(-len(examples) // COMPARISONS_SHOWN)
     lines = []
-    for example, scores in zip(shown, held_out.judge(shown).scores):
+    for example, its_scores in zip(examples[::every], scores[::every]):
         line: Row = dict.fromkeys(("better", "better_score", "worse", "worse_score"))
-        for text, score, sign in zip(example["texts"], scores, example["signs"]):
+        for text, score, sign in zip(example["texts"], its_scores, example["signs"]):
             name = "better" if sign > 0 else "worse"
             line |= {name: text, f"{name}_score": score}
         lines.append(line)

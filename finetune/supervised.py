@@ -151,7 +151,7 @@ def make_arguments(stage: Stage, steps: int) -> TrainingArguments:
         max_grad_norm=settings.max_grad_norm,
         activation_checkpointing=settings.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        ddp_find_unused_parameters=False,  # there are none, and it would take time
+        ddp_find_unused_parameters=False,  # every adapted layer is used in each pass
         use_cpu=model.device.type == "cpu",
         fp16=model.dtype == torch.float16,
         logging_steps=1,
@@ -187,9 +187,10 @@ class Recorder(transformers.TrainerCallback):
     ) -> None:
         """Begin a step with random numbers of its own, so that a run can go on anywhere."""
         step = len(self.training.metrics) + 1
-        # They are for LORA_DROPOUT, and each process leaves out what it likes.
-        own = args.process_index * 10**15
-        torch.manual_seed(own + self.training.stage.settings.seed * 10**6 + step)
+        # They are for LORA_DROPOUT: each process leaves out other inputs. No seed of SEED and
+        # step is as large as what the second process begins with.
+        of_process = args.process_index * 10**16
+        torch.manual_seed(of_process + self.training.stage.settings.seed * 10**6 + step)
         # Or one loss that is not finite would stay for good.
         self.training.trainer._tr_loss.zero_()
 
@@ -205,9 +206,8 @@ class Recorder(transformers.TrainerCallback):
         if args.fp16:
             return
         optimizer = self.training.checkpoint.optimizer
-        gradients = [weight.grad for weight in optimizer.param_groups[0]["params"]]
-        gradients = [gradient for gradient in gradients if gradient is not None]
-        if not all(gradient.isfinite().all() for gradient in gradients):
+        weights = optimizer.param_groups[0]["params"]
+        if not all(weight.grad.isfinite().all() for weight in weights if weight.grad is not None):
             optimizer.zero_grad()
 
     def on_log(

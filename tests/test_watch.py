@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from finetune import pages, samples, shown, watch
-from finetune.held_out import Judged
 from finetune.labels import Learned
 from finetune.tokens import load_tokenizer, texts_of
 from finetune.words import has_word, word_spans
@@ -441,20 +439,13 @@ def test_of_a_long_example_the_end_is_shown_where_the_answer_is(demo_model, tmp_
 
 
 def test_of_many_comparisons_an_even_choice_is_scored_and_written(tmp_path):
-    @dataclass(frozen=True)
-    class HeldOut:
-        examples: list
-
-        def judge(self, examples):
-            scores = [[float(len(text)) for text in example["texts"]] for example in examples]
-            return Judged([0.0] * len(examples), scores)
-
     pairs = [{"texts": ("a" * n, "b"), "signs": (1.0, -1.0)} for n in range(1, 500)]
     labelled = [{"texts": ("bad",), "signs": (-1.0,)}]
     path = tmp_path / "compared.jsonl"
-    shown.write_compared(HeldOut(pairs), path)
+    lengths = [[float(len(text)) for text in pair["texts"]] for pair in pairs]
+    shown.write_compared(pairs, lengths, path)
     rows = read_rows(path)
     assert [row["better_score"] for row in rows] == [*range(1, 500, 3)]
-    shown.write_compared(HeldOut(labelled), path)
+    shown.write_compared(labelled, [[3.0]], path)
     wanted = {"better": None, "better_score": None, "worse": "bad", "worse_score": 3.0}
     assert read_rows(path) == [wanted]
