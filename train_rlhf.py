@@ -89,7 +89,7 @@ POSITIVE_WORDS = [  # a response with one of these whole words, in any case, sco
 ]  # fmt: skip
 REWARD_LABEL = "POSITIVE"  # of a classifier with several: its name or index; its log-odds count
 SCORE_PREFIXES = True  # a token earns what it adds to the score; False = the last gets it all
-MAX_PREFIXES = 20  # beginnings of a response that are scored for that, spread evenly; 0 = all
+MAX_PREFIXES = 40  # beginnings of a response that are scored for that, spread evenly; 0 = all
 SCALE_SAMPLES = 200  # of the base model: its graded scores get mean 0 and deviation 1; 0 = off
 SUCCESS_THRESHOLD = "auto"  # a higher score is a success; auto = of rules and reward models alone
 
