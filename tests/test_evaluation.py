@@ -241,7 +241,7 @@ def test_a_report_can_be_repeated_differs_by_seed_and_trains_nothing(
     before = {name: value.clone() for name, value in trained.policy.state_dict().items()}
     monkeypatch.setattr(trained.settings, "eval_samples", 6)  # one to each prompt
     first = make_report(trained)
-    base, policy, base_held_out, policy_held_out = (call[1] for call in sampled)
+    base, base_held_out, policy, policy_held_out = (call[1] for call in sampled)
     assert torch.equal(base, policy) and torch.equal(base_held_out, policy_held_out)
     assert not torch.isin(base, base_held_out).any()
     assert torch.equal(base, random_numbers((0, 0, 1), 6, 20))
