@@ -148,7 +148,7 @@ def run(settings: Settings) -> None:
                 draw(report, metrics, folder / "training.png")
                 write_report(report, summarize(report, "."), folder)
                 write_learned(tokenizer, learned, eval_learned, folder / "learned.jsonl")
-                watch.add_page(Path(settings.output_dir), folder)
+            watch.add_page(Path(settings.output_dir))
         print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
 
 
