@@ -98,10 +98,10 @@ def number_in(text):
     return float(text.replace("\u2212", "-"))
 
 
-def set_slider(browser, place):
+def set_slider(browser, step):
     """Move the slider as its thumb does."""
     code = "const slider = document.getElementById('slider'); slider.value = arguments[0];"
-    browser.execute_script(code + "slider.dispatchEvent(new Event('input'));", place)
+    browser.execute_script(code + "slider.dispatchEvent(new Event('input'));", step)
 
 
 def press(browser, *keys):
@@ -133,7 +133,7 @@ def test_the_slider_changes_the_table_and_the_mark(look, trained):
     rows = read_rows(trained / "samples.jsonl")
     places = []
     for step in (1, 8, 15):
-        set_slider(browser, step - 1)
+        set_slider(browser, step)
         wanted = [row for row in rows if row["step"] == step]
         shown = texts_of(browser, "#responses .opener > span")
         assert sorted(shown) == sorted(row["prompt"] + row["response"] for row in wanted)
@@ -157,7 +157,7 @@ def test_the_slider_changes_the_table_and_the_mark(look, trained):
 
 def test_the_table_is_sorted_by_its_heads(look, trained):
     browser = look(trained / "watch.html")
-    set_slider(browser, 10)
+    set_slider(browser, 11)
     for name, column in (("kl", 3), ("score", 2)):
         head = browser.find_element(By.CSS_SELECTOR, f"#responses th[data-sort={name}]")
         for order, reverse in (("descending", True), ("ascending", False)):
@@ -170,7 +170,7 @@ def test_the_table_is_sorted_by_its_heads(look, trained):
 
 def test_the_numbers_of_tokens_are_those_of_samples_jsonl_and_sum_to_metrics_jsonl(look, trained):
     browser = look(trained / "watch.html")
-    set_slider(browser, 12)
+    set_slider(browser, 13)
     rows = [row for row in read_rows(trained / "samples.jsonl") if row["step"] == 13]
     record = read_metrics(trained)[12]
     kls = []
@@ -327,8 +327,8 @@ def test_all_can_be_read_in_light_and_dark(look, trained, scheme):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_a_phone_nothing_goes_beyond_the_edge(look, trained, scheme):
     browser = look(trained / "watch.html", PHONE, scheme)
-    for place in (0, 7, 14):
-        set_slider(browser, place)
+    for step in (1, 8, 15):
+        set_slider(browser, step)
         widths = "return [document.documentElement.scrollWidth, window.innerWidth]"
         assert browser.execute_script(widths) == [375, 375]
     edges = "return [...document.querySelectorAll('td, th, .token')].map("
@@ -357,7 +357,7 @@ def test_a_page_of_12_000_samples_is_there_within_two_seconds(look, large):
     assert time.perf_counter() - begin < 1
     kept = len(page_content(large)["steps"])
     (told,) = texts_of(browser, "#which-steps")
-    assert told.startswith(f"Of 1,200 steps, {kept} are kept here, an even choice: 1, ")
+    assert told.startswith(f"Of 1,200 steps, {kept} are kept here: 1, ")
 
 
 # ------------------------------------------------------------------- other runs
