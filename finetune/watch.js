@@ -74,7 +74,7 @@ function showHeader() {
   facts.push(`${whole(run.samples)} ${LEARNED_FROM[run.script]}`);
   facts.push(`${whole(run.step)} steps`);
   facts.push(`${run.seconds.toFixed(0)} seconds${run.device ? ` on ${run.device}` : ""}`);
-  facts.push(`seed ${run.seed}`);
+  facts.push(`seed\u00a0${run.seed}`);
   byId("facts").textContent = facts.join(" · ");
 
   if (!run.results) {
