@@ -26,7 +26,7 @@ def curve_of(script: str, metrics: list[Row]) -> Row:
         curve[name] = []
     for name in averaged:
         curve[f"mean_{name}"] = []
-    for step in shown_of(range(1, len(metrics) + 1)):
+    for step in points_of(range(1, len(metrics) + 1)):
         curve["step"].append(step)
         record = metrics[step - 1]
         for name in single:
@@ -40,7 +40,7 @@ def curve_of(script: str, metrics: list[Row]) -> Row:
     for record in metrics:
         if record.get("eval_loss") is not None:
             held_out.append(record)
-    curve["held_out"] = shown_of(held_out)
+    curve["held_out"] = points_of(held_out)
     return curve
 
 
@@ -80,7 +80,7 @@ def recent_mean(metrics: list[Row], step: int, name: str) -> float | None:
     return float(short(mean))
 
 
-def shown_of(values: Any) -> list[Any]:
+def points_of(values: Any) -> list[Any]:
     """Return all values, or an even choice of POINTS at most, and the last one."""
     every = math.ceil(len(values) / POINTS)
     return evenly(values, max(every, 1))

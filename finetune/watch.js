@@ -151,8 +151,8 @@ function showScale() {
   byId("scale").hidden = false;
   byId("scale").textContent =
     "Scores are put on another scale before they are trained on" +
-    (run.scale
-      ? `: ${brief(mean)} counts as 0, ${brief(deviation)} points are about 1, and what is far ` +
+    (run.scale?.deviation
+      ? `: ${brief(mean, 4)} counts as 0, ${brief(deviation, 4)} points are about 1, and what is far ` +
         "from there counts by its logarithm."
       : ".");
 }
@@ -181,7 +181,7 @@ function panelsOfRun() {
   const xs = curve.step;
   if (run.script === "train_rlhf") {
     const score = {
-      name: run.is_scaled ? "score, as trained on" : "score",
+      name: run.is_scaled ? "scaled score" : "score",
       look: "more",
       xs,
       ys: curve.mean_scaled,
@@ -247,9 +247,9 @@ function ticksBetween(least, most, wanted) {
 }
 
 // Return a number in as few signs as it takes.
-function brief(number) {
+function brief(number, digits = 12) {
   const size = Math.abs(number);
-  const rounded = Number(number.toPrecision(12));
+  const rounded = Number(number.toPrecision(digits));
   const text = size && (size >= 1e7 || size < 1e-4) ? rounded.toExponential() : String(rounded);
   return text.replaceAll("-", "−").replace("e+", "e");
 }
@@ -284,8 +284,9 @@ function drawCurve() {
   for (const step of ticksBetween(0, run.step, 4)) {
     if (!Number.isInteger(step)) continue;
     const x = placeOfStep(step);
-    const anchor = x > width - 30 ? "end" : "middle";
-    curve.append(svg("text", { x, y: top + 18, "text-anchor": anchor }, whole(step)));
+    const label = whole(step);
+    const anchor = x + 4 * label.length > width ? "end" : "middle";
+    curve.append(svg("text", { x, y: top + 18, "text-anchor": anchor }, label));
   }
   curve.append(svg("text", { x: 0, y: top + 18 }, "step"));
   markStep();
@@ -340,12 +341,19 @@ function drawPanel(curve, panel, top, width) {
 }
 
 function drawNames(curve, panel, top) {
-  let left = LEFT;
-  for (const series of panel.series) {
-    const label = svg("text", { x: left, y: top - 9, class: `name ${series.look}` }, series.name);
-    curve.append(label);
-    left += label.getComputedTextLength() + 18;
-  }
+  const labels = panel.series.map((series) => {
+    return svg("text", { y: top - 9, class: `name ${series.look}` }, series.name);
+  });
+  curve.append(...labels);
+  const widths = labels.map((label) => label.getComputedTextLength() + 14);
+  const total = widths.reduce((sum, width) => sum + width, 0);
+
+  // On a phone there may be no room for them but above the axis too.
+  let left = Math.max(Math.min(LEFT, widthOfCurve() - total + 14), 0);
+  labels.forEach((label, place) => {
+    label.setAttribute("x", left);
+    left += widths[place];
+  });
 }
 
 // Return where points are in the picture, but for those that are no numbers.

@@ -509,11 +509,16 @@ def test_scores_on_another_scale_are_told_with_it(look, tmp_path):
     folder = write_run(tmp_path, 2, reward="rewards.py:f")
     change_metrics(folder, score=7477.938, success_rate=None, reward=0.9)
     figures = {"score": 7000.0, "success_rate": None, "kl": 0.5}
-    scale = {"mean": 6540.0, "deviation": 943.0, "threshold": None, "accuracy": None}
+    scale = {"mean": 6540.04, "deviation": 943.013, "threshold": None, "accuracy": None}
     report = {"samples": 20, "device": "CPU", "learned": True, "scale": scale}
     report |= {"base": {"train_prompts": figures}, "trained": {"train_prompts": figures}}
     (folder / "report.json").write_text(json.dumps(report))
-    browser = look(watch.write_page(folder))
+    path = watch.write_page(folder)
+    browser = look(path, SMALL_PHONE)
+    rights = "return [...document.querySelectorAll('#curve text')].map("
+    rights += "(text) => text.getBoundingClientRect().right)"
+    curve = browser.find_element(By.ID, "curve").rect
+    assert max(browser.execute_script(rights)) <= curve["x"] + curve["width"]
     (told,) = texts_of(browser, "#scale")
     assert ": 6540 counts as 0, 943 points are about 1, and " in told
     (told,) = texts_of(browser, "#figures-of-step")
