@@ -208,6 +208,8 @@ def test_the_page_of_a_run(trained):
         json.loads((trained / "report.json").read_text()),
     )
     assert [step["step"] for step in content["steps"]] == [*range(1, 9)]
+    assert json.loads((trained / "run.json").read_text())["scored_places"] == [*range(8)]
+    assert content["scored_places"] is None and content["score_prefixes"]
     responses = [response for step in content["steps"] for response in step["responses"]]
     assert [response["tokens"] for response in responses] == [row["tokens"] for row in rows]
     assert (
@@ -519,6 +521,21 @@ def test_marked_is_what_was_scored_together(tmp_path, scores, places, marked):
 def test_where_only_whole_responses_are_scored_no_token_is_marked(tmp_path):
     folder = write_run(tmp_path, 1, reward="rewards.py:few_words", score_prefixes=False)
     assert page_content(watch.write_page(folder))["steps"][0]["responses"][0]["marks"] == []
+
+
+def test_a_run_tells_after_how_many_tokens_the_score_was_asked(call_main, demo_model, tmp_path):
+    flags = ["--model-name", demo_model, "--device", "cpu", "--batch-size", "4"]
+    flags += ["--eval-samples", "4", "--eval-prompts", "--max-new-tokens", "8"]
+    flags += ["--training-epochs", "0.5", "--output-dir"]
+    for name, more, places in (
+        ("some", ["--max-prefixes", "2"], [0, 4]),
+        ("none", ["--no-score-prefixes"], None),
+    ):
+        assert call_main(*flags, name, *more) == 0
+        run = json.loads((tmp_path / name / "run.json").read_text())
+        assert run["scored_places"] == places
+        content = page_content(tmp_path / name / "watch.html")
+        assert content["scored_places"] == places
 
 
 # ------------------------------------------------------------------------ what is told
