@@ -145,7 +145,7 @@ def run(settings: Settings) -> None:
                 draw(report, metrics, folder / "training.png")
                 write_report(report, summarize(report), folder)
                 write_compared(held_out, folder / "compared.jsonl")
-                watch.add_page(Path(settings.output_dir), folder)
+            watch.add_page(Path(settings.output_dir))
         print(summarize(report), flush=True)
 
 
