@@ -144,7 +144,7 @@ def run(settings: Settings) -> None:
                 draw(report, metrics, folder / "training.png")
                 write_report(report, summarize(report), folder)
                 write_compared(eval_examples, judged.scores, folder / "compared.jsonl")
-                watch.add_page(Path(settings.output_dir), folder)
+            watch.add_page(Path(settings.output_dir))
         print(summarize(report), flush=True)
 
 
@@ -159,7 +159,7 @@ class ComparisonTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> torch.Tensor:
-        """Return the mean of -ln P(better preferred) in nats, where P = sigmoid(margin)."""
+        """Return the mean of -ln P(better preferred), P = sigmoid(margin), in nats."""
         # What several processes train is wrapped, and has no dtype.
         unwrapped: Any = self.model
         margins, _ = margins_of(model, inputs, unwrapped.dtype)
@@ -204,7 +204,7 @@ class HeldOut:
         return {"loss": figures["loss"], "accuracy": figures["accuracy"]}
 
     def judge(self, examples: list[Row]) -> Judged:
-        """Return what the model says of each of the comparisons."""
+        """Return what the model says of each comparison."""
         margins: list[float] = []
         scores: list[list[float]] = []
         self.model.eval()
@@ -212,11 +212,10 @@ class HeldOut:
             comparisons = examples[start : start + self.batch_size]
             batch = self.collate(comparisons).to(self.model.device)
             with torch.no_grad():
-                found = margins_of(self.model, batch, self.model.dtype)
-            batch_margins, batch_scores = found
-            margins += batch_margins.tolist()
-            counts = [len(comparison["texts"]) for comparison in comparisons]
-            scores += [of_one.tolist() for of_one in batch_scores.split(counts)]
+                values, texts_scores = margins_of(self.model, batch, self.model.dtype)
+            margins += values.tolist()
+            counts = [len(one["texts"]) for one in comparisons]
+            scores += [of_one.tolist() for of_one in texts_scores.split(counts)]
         return Judged(margins, scores)
 
 

@@ -272,8 +272,9 @@ def train(learner: Learner, rows: list[Row], metrics: Metrics, checkpoint: Check
     settings, optimizer = learner.settings, learner.trainer.optimizer
     total_steps = progress.count_steps(settings, rows)
     start = time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
+    places = scored_places(settings, learner.scorer) if settings.score_prefixes else None
     log = progress.MetricsLog(
-        settings, metrics, total_steps, "train_rlhf", samples_per_step=settings.batch_size
+        settings, metrics, total_steps, "train_rlhf", settings.batch_size, places
     )
     scale = asdict(learner.scale)
 

@@ -135,6 +135,7 @@ def run(settings: Settings) -> None:
         counts = f"{len(learned.examples)} examples to train on"
         counts += f", {len(eval_learned.examples)} held out{forms_in_words(learned.rows)}"
         announce(stage, dtype, counts, data.tally)
+        write_learned(tokenizer, learned, eval_learned, Path(settings.output_dir, "learned.jsonl"))
         metrics, base = fit(stage)
         # What is saved is what is measured.
         model = unquantized(model)
@@ -151,8 +152,7 @@ def run(settings: Settings) -> None:
                 save_model(model, tokenizer, settings, folder)
                 draw(report, metrics, folder / "training.png")
                 write_report(report, summarize(report, "."), folder)
-                write_learned(tokenizer, learned, eval_learned, folder / "learned.jsonl")
-                watch.add_page(Path(settings.output_dir), folder)
+            watch.add_page(Path(settings.output_dir))
         print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
 
 

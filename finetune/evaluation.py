@@ -70,7 +70,7 @@ def measure_and_save(learner: Any, rows: list[Row], eval_rows: list[Row], metric
             draw(report, scores, metrics, folder / "training.png")
             write_report(report, summarize(report, "."), folder)
             write_measured(base, trained, folder / "measured.jsonl")
-            add_page(Path(settings.output_dir), folder)
+        add_page(Path(settings.output_dir))
     print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
 
 

@@ -56,21 +56,30 @@ def unquantized(model: Any) -> Any:
 
 
 # ---------------------------------------------------------------- measured as it is saved
+# So many bytes of merged weights are kept, so that they need not be merged again.
+KEPT = 1_250_000_000
+
+
 @contextmanager
 def as_saved(model: Any) -> Iterator[None]:
     """Let an adapted model compute in this block as the one that save_model writes of it.
 
     In 16 bits the sum of a weight and of what was learned is rounded, which costs some of
-    the latter. A layer is merged only while it is at work, so that memory holds one model.
-    Nothing changes where the adapter is switched off, and in 32 bits.
+    the latter. A layer is merged only while it is at work, and KEPT bytes of merged layers
+    stay: so memory does not hold two models. Nothing changes where the adapter is switched
+    off, and in 32 bits.
     """
-    handles = []
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    handles = []
+    room = KEPT
     for layer in layers:
         merging = Merging(layer)
-        if merging.weight.dtype != torch.float32:
-            handles.append(layer.register_forward_pre_hook(merging.begin))
-            handles.append(layer.register_forward_hook(merging.end, always_call=True))
+        if merging.weight.dtype == torch.float32:
+            continue
+        room -= merging.weight.nbytes
+        merging.is_kept = room >= 0
+        handles.append(layer.register_forward_pre_hook(merging.begin))
+        handles.append(layer.register_forward_hook(merging.end, always_call=True))
     try:
         yield
     finally:
@@ -79,10 +88,15 @@ def as_saved(model: Any) -> Iterator[None]:
 
 
 class Merging:
-    """An adapted layer, which is merged before it is at work, and is as it was after that."""
+    """An adapted layer, which is merged before it is at work, and is as it was after that.
+
+    is_kept: whether its merged weight is kept for the next time.
+    """
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
+        self.is_kept = False
+        self.merged: torch.Tensor | None = None
         # Of experts the adapted weights have a name of their own.
         of_experts = isinstance(layer, ParamWrapper)
         self.weight = layer.get_param() if of_experts else layer.get_base_layer().weight
@@ -90,9 +104,16 @@ class Merging:
 
     def begin(self, *others: Any) -> None:
         """Merge what was learned into a copy of the weight."""
-        if not self.layer.disable_adapters:
-            self.weight.data = self.unmerged.clone()
-            self.layer.merge()
+        if self.layer.disable_adapters:
+            return
+        if self.merged is not None:
+            self.weight.data = self.merged
+            self.layer.merged_adapters.extend(self.layer.active_adapters)
+            return
+        self.weight.data = self.unmerged.clone()
+        self.layer.merge()
+        if self.is_kept:
+            self.merged = self.weight.data
 
     def end(self, *others: Any) -> None:
         """Put the weight back."""

@@ -6,6 +6,7 @@ import torch
 
 from finetune.files import Row
 from finetune.labels import Learned, Tokenizer
+from finetune.processes import is_main_process
 from finetune.progress import write_lines
 from finetune.samples import token_texts
 
@@ -23,7 +24,12 @@ def write_learned(
     eval_learned: Learned,
     path: Path,
 ) -> None:
-    """Write a line for each of a few examples: its tokens, and which of them are learned."""
+    """Write a line for each of a few examples: its tokens, and which of them are learned.
+
+    Only the main process does it.
+    """
+    if not is_main_process():
+        return
     lines = []
     for held_out, shown in ((True, eval_learned), (False, learned)):
         for example, row in zip(shown.examples[:EXAMPLES_SHOWN], shown.rows):

@@ -24,11 +24,12 @@ SCRIPTS = ["train_rlhf", "train_sft", "train_reward_model", "make_instructions"]
 ORDER = [  # of the files in finetune/: each imports only from those before it
     *("errors", "words", "guests", "processes", "settings", "hub", "checks", "command"),
     *("hub_data", "fields", "files", "messages", "dialogues", "data", "prompts"),
-    *("examples", "comparisons", "seed_tasks", "functions", "tokens", "chat", "labels"),
+    *("examples", "comparisons", "seed_tasks", "functions", "tokens", "chat", "labels", "figures"),
     *("judged", "models", "saving", "loading", "scale", "beginnings", "classifiers", "scorers"),
     *("checkpoint", "trackers", "progress", "output", "sampling", "batches", "supervised"),
     *("held_out", "heads", "writer", "self_instruct", "answers"),
-    *("run_files", "pages", "watch", "measurement", "samples", "shown", "summary", "evaluation"),
+    *("run_files", "curves", "pages", "watch", "measurement", "samples", "shown"),
+    *("summary", "evaluation"),
 ]
 PATHS = {name: ROOT / f"{name}.py" for name in SCRIPTS}
 PATHS |= {f"finetune.{name}": ROOT / "finetune" / f"{name}.py" for name in ORDER}
@@ -180,6 +181,7 @@ OF_PPO = {  # what knows of PPO in finetune/, and why
     "finetune.summary": "it tells the same in Markdown",
     "finetune.evaluation": "it measures the policy before and after",
     "finetune.samples": "it writes what a step of PPO did with each token",
+    "finetune.curves": "it draws the KL of a policy",
     "finetune.pages": "it shows that, and the KL of a policy",
 }
 NAMED = {"finetune.command": {"ppo"}}  # it names classes of TRL to silence what they say
