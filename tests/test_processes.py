@@ -146,20 +146,23 @@ def start(start_script, flags):
     return start_all
 
 
+def end_as_launched(children):
+    """Return how the processes of a run ended; as by a launcher all end where the first fails."""
+    main, *others = children
+    ended = [main.end()]
+    for other in others:
+        if ended[0].status:
+            other.send_signal(signal.SIGTERM)
+        ended.append(other.end())
+    return ended
+
+
 @pytest.fixture(scope="module")
 def run(start):
-    """Do a run to its end; return its folder and how each of its processes ended.
-
-    As a launcher does, it ends the others where the main one has failed.
-    """
+    """Do a run to its end; return its folder and how each of its processes ended."""
 
     def run_all(*args, **options):
-        main, *others = start(*args, **options)
-        ended = [main.end()]
-        for other in others:
-            if ended[0].status:
-                other.send_signal(signal.SIGTERM)
-            ended.append(other.end())
+        ended = end_as_launched(start(*args, **options))
         return SimpleNamespace(out=args[1] / "out", folder=args[1], ended=ended)
 
     return run_all
