@@ -32,10 +32,16 @@ OF_ACCELERATE = {
 OF_A_RUN = {"metrics.jsonl", "report.json", "checkpoint"}
 
 
+def rows_at_once(batch_size: int, mini_batch_size: int) -> tuple[str, int]:
+    """Return which setting says how many rows are passed at once, and how many these are."""
+    if mini_batch_size:
+        return "MINI_BATCH_SIZE", mini_batch_size
+    return "BATCH_SIZE", batch_size
+
+
 def check_batches(batch_size: int, mini_batch_size: int) -> None:
     """Refuse batches that can't be divided."""
-    name = "MINI_BATCH_SIZE" if mini_batch_size else "BATCH_SIZE"
-    size = mini_batch_size or batch_size
+    name, size = rows_at_once(batch_size, mini_batch_size)
     if process_count() > size:
         remedy = f"give at least {process_count()}, a response for each process"
         raise SettingsError(f"{name} is {size}: {remedy}")
@@ -47,8 +53,7 @@ def check_batches(batch_size: int, mini_batch_size: int) -> None:
 
 def check_shares(batch_size: int, mini_batch_size: int) -> None:
     """Refuse a minibatch of which the processes would not get as many examples each."""
-    name = "MINI_BATCH_SIZE" if mini_batch_size else "BATCH_SIZE"
-    size = mini_batch_size or batch_size
+    name, size = rows_at_once(batch_size, mini_batch_size)
     # Where there are too few, check_batches tells.
     if size > process_count() and size % process_count():
         remedy = f"give a multiple of {process_count()}, the number of processes"

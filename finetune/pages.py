@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from finetune.curves import POINTS, curve_of, evenly, is_scaled, recent_mean, scaled_score
-from finetune.errors import shorten
+from finetune.errors import end_of, shorten
 from finetune.figures import short, without_bad_numbers
 from finetune.files import Row
 from finetune.prompts import last_said
@@ -26,7 +26,8 @@ def page_content(files: RunFiles, room: int, size: Size) -> Row:
     content = head_of(files)
     if files.script == "train_sft":
         examples = [
-            line | {"asked": end_of(line["asked"])} for line in files.lines("learned.jsonl")
+            line | {"asked": end_of(line["asked"], LONGEST_TEXT)}
+            for line in files.lines("learned.jsonl")
         ]
         content |= {"answers": answers_of(files), "examples": examples}
     elif files.script == "train_reward_model":
@@ -178,7 +179,7 @@ def response_of(sample: Row, files: RunFiles) -> Row:
     if is_rule(files):
         marks = word_spans(text, files.settings["positive_words"], before=prompt)
     return {
-        "prompt": end_of(prompt),
+        "prompt": end_of(prompt, LONGEST_TEXT),
         "response": text,
         "score": short(sample["score"], 8),
         "kl": short(sample["kl"]),
@@ -225,7 +226,7 @@ def measured_of(files: RunFiles) -> list[Row]:
             continue
         pairs = list(zip(responses["base"], responses["trained"]))[:PAIRS_SHOWN]
         row = {
-            "prompt": end_of(prompt),
+            "prompt": end_of(prompt, LONGEST_TEXT),
             "held_out": prompts == "eval_prompts",
             "count": len(responses["base"]),
             "pairs": [[measured_response(line, files) for line in pair] for pair in pairs],
@@ -251,7 +252,11 @@ def answers_of(files: RunFiles) -> list[Row]:
     before = files.report["base"]["first_sample"]
     after = files.report["trained"]["first_sample"]
     return [
-        {"prompt": end_of(prompt), "before": start_of(answer), "after": start_of(after[prompt])}
+        {
+            "prompt": end_of(prompt, LONGEST_TEXT),
+            "before": start_of(answer),
+            "after": start_of(after[prompt]),
+        }
         for prompt, answer in before.items()
     ]
 
@@ -269,11 +274,6 @@ def start_of(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
 
 
-def end_of(text: str) -> str:
-    """Return the end of a prompt, or of what is judged, as far as it is shown."""
-    return text if len(text) <= LONGEST_TEXT else "…" + text[1 - LONGEST_TEXT :].lstrip()
-
-
 def compared_of(files: RunFiles) -> list[Row]:
     """Return the held-out comparisons, each with the scores of its texts."""
     if files.report is None:
@@ -282,6 +282,6 @@ def compared_of(files: RunFiles) -> list[Row]:
     for line in files.lines("compared.jsonl"):
         shown = {}
         for name, value in line.items():
-            shown[name] = end_of(value) if isinstance(value, str) else short(value)
+            shown[name] = end_of(value, LONGEST_TEXT) if isinstance(value, str) else short(value)
         comparisons.append(shown)
     return comparisons

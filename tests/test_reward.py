@@ -265,6 +265,16 @@ def test_what_tokens_earn_is_on_the_scale_and_the_scores_are_as_they_were_given(
         assert earned.tolist() == pytest.approx(numbers)
 
 
+def score_every(stride, text, scorer):
+    """Return the score of a text, and what its letters earn by beginnings so many apart."""
+    rows, queries, responses = [{"prompt": "I"}], ids_of("I"), ids_of([text])
+    places = [*range(0, 99, stride)]
+    (score,), (earned,) = score_responses(
+        scorer, Scale(), Letters(), rows, queries, responses, True, places
+    )
+    return score, earned
+
+
 @pytest.mark.parametrize("stride", [2, 3, 5, 50])
 def test_of_beginnings_some_are_asked_evenly_without_half_words_and_the_last_of_them_earns(stride):
     text = " glad to be of use"
@@ -274,16 +284,7 @@ def test_of_beginnings_some_are_asked_evenly_without_half_words_and_the_last_of_
         asked.extend(texts)
         return [len(text) / 10 for text in texts]
 
-    (score,), (earned,) = score_responses(
-        scorer,
-        Scale(),
-        Letters(),
-        [{"prompt": "I"}],
-        ids_of("I"),
-        ids_of([text]),
-        True,
-        [*range(0, 99, stride)],
-    )
+    score, earned = score_every(stride, text, scorer)
     whole = [train_rlhf.whole_words(text[:end]) for end in range(0, len(text), stride)]
     assert asked == [*whole, text]
     assert all(beginning.strip(" ") in ("", "glad", "glad to", "glad to be", "glad to be of")
@@ -322,18 +323,7 @@ def test_whatever_beginnings_are_asked_the_expected_gradient_is_that_of_the_whol
         return all_scores.setdefault(text, torch.randn(()).item())
 
     def to_go(text):
-        _, (earned,) = score_responses(
-            lambda rows, texts: [score(text) for text in texts],
-            *(
-                Scale(),
-                Letters(),
-                [{"prompt": "I"}],
-                ids_of("I"),
-                ids_of([text]),
-                True,
-                [*range(0, 4, stride)],
-            ),
-        )
+        _, earned = score_every(stride, text, lambda rows, texts: [*map(score, texts)])
         return earned.flip(0).cumsum(0).flip(0).tolist()
 
     shaped = expected_gradient(logits, to_go)

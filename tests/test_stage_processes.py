@@ -1,6 +1,5 @@
 """The two stages before PPO on two processes: what one process does, and written once."""
 
-import json
 import signal
 import sys
 from types import SimpleNamespace
@@ -9,7 +8,14 @@ import pytest
 from helpers import read_metrics
 from safetensors.torch import load_file
 from test_examples import write
-from test_processes import about, end_as_launched, free_port, variables
+from test_processes import (
+    about,
+    check_success,
+    end_as_launched,
+    free_port,
+    read_report,
+    variables,
+)
 from test_stages import examples_of
 from torch.testing import assert_close
 
@@ -58,16 +64,6 @@ def one(run, tmp_path_factory):
 def two(run, tmp_path_factory):
     """Return the end of the same run of two processes."""
     return check_success(run(2, tmp_path_factory.mktemp("two")))
-
-
-def check_success(result):
-    for ended in result.ended:
-        assert (ended.status, ended.stderr) == (0, "")
-    return result
-
-
-def read_report(out):
-    return json.loads((out / "report.json").read_text())
 
 
 def check_same_run(result, wanted, steps=STEPS):
