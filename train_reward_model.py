@@ -49,7 +49,7 @@ BATCH_SIZE = 16  # comparisons for one update
 MINI_BATCH_SIZE = 0  # comparisons at once, a divisor of BATCH_SIZE; memory grows with it; 0 = all
 GROUP_BY_LENGTH = True  # texts of like length in a batch: less padding, but a bumpy loss
 GRADIENT_CHECKPOINTING = False  # True saves memory, most with long texts; it is slower
-LEARNING_RATE = "auto"  # at its highest; auto = from the model's width: 5e-4 at TinyLlama's 2048
+LEARNING_RATE = 2e-4  # at its highest; small models want more: 3e-3 for one of a million parameters
 WARMUP_SHARE = 0.03  # of the steps, in which the rate rises; then it falls along a cosine; 0 = off
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0 = off
 
@@ -130,8 +130,9 @@ def run(settings: Settings) -> None:
         # What is saved is what is measured.
         model = unquantized(model)
         held_out = replace(held_out, model=model)
-        with as_saved(model):
-            trained = held_out.measure()
+        with as_saved(model, settings.output_dir):
+            judged = share_out(held_out.judge, eval_examples)
+        trained = comparison_figures(eval_examples, judged)
         # Whoever loads the model as a scorer reads these.
         scale = {"score_mean": trained["score_mean"], "score_std": trained["score_std"]}
         more = {"score_accuracy": trained["accuracy"], "conversation_form": form}
@@ -142,8 +143,8 @@ def run(settings: Settings) -> None:
                 save_with_head(model, tokenizer, settings, folder)
                 draw(report, metrics, folder / "training.png")
                 write_report(report, summarize(report), folder)
-                write_compared(held_out, folder / "compared.jsonl")
-                watch.add_page(Path(settings.output_dir), folder)
+                write_compared(eval_examples, judged.scores, folder / "compared.jsonl")
+            watch.add_page(Path(settings.output_dir))
         print(summarize(report), flush=True)
 
 
@@ -158,7 +159,7 @@ class ComparisonTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> torch.Tensor:
-        """Return the mean of -ln P(better preferred) in nats, where P = sigmoid(margin)."""
+        """Return the mean of -ln P(better preferred), P = sigmoid(margin), in nats."""
         # What several processes train is wrapped, and has no dtype.
         unwrapped: Any = self.model
         margins, _ = margins_of(model, inputs, unwrapped.dtype)
@@ -203,7 +204,7 @@ class HeldOut:
         return {"loss": figures["loss"], "accuracy": figures["accuracy"]}
 
     def judge(self, examples: list[Row]) -> Judged:
-        """Return what the model says of each of the comparisons."""
+        """Return what the model says of each comparison."""
         margins: list[float] = []
         scores: list[list[float]] = []
         self.model.eval()
@@ -211,10 +212,10 @@ class HeldOut:
             comparisons = examples[start : start + self.batch_size]
             batch = self.collate(comparisons).to(self.model.device)
             with torch.no_grad():
-                batch_margins, batch_scores = margins_of(self.model, batch, self.model.dtype)
-            margins += batch_margins.tolist()
-            counts = [len(comparison["texts"]) for comparison in comparisons]
-            scores += [of_one.tolist() for of_one in batch_scores.split(counts)]
+                values, texts_scores = margins_of(self.model, batch, self.model.dtype)
+            margins += values.tolist()
+            counts = [len(one["texts"]) for one in comparisons]
+            scores += [of_one.tolist() for of_one in texts_scores.split(counts)]
         return Judged(margins, scores)
 
 
@@ -226,7 +227,6 @@ def make_report(stage: Stage, metrics: Metrics, base: Row, trained: Row) -> Row:
     tags, task = ["reward-model"], "text-classification"
     return {
         **describe_run(stage.model, stage.settings, metrics, tags, task),
-        "learning_rate": stage.learning_rate,
         "learned": trained["accuracy"] - 3 * error > trained["guessing"],
         "base": base,
         "trained": trained,

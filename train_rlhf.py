@@ -21,7 +21,7 @@ advantages, losses, step. What is not PPO is in the folder finetune/ beside this
 """
 
 # /// script
-# requires-python = "==3.11.*"
+# requires-python = ">=3.11,<3.15"
 # dependencies = [  # those of requirements.txt, which says what each is for
 #     "trl==0.11.4", "torch==2.13.0", "transformers==5.23.0", "peft==0.21.2",
 #     "accelerate==1.15.0", "numpy==2.4.6", "datasets==5.2.0", "pyarrow==26.0.1",
@@ -89,7 +89,7 @@ POSITIVE_WORDS = [  # a response with one of these whole words, in any case, sco
 ]  # fmt: skip
 REWARD_LABEL = "POSITIVE"  # of a classifier with several: its name or index; its log-odds count
 SCORE_PREFIXES = True  # a token earns what it adds to the score; False = the last gets it all
-MAX_PREFIXES = 20  # beginnings of a response that are scored for that, spread evenly; 0 = all
+MAX_PREFIXES = 40  # beginnings of a response that are scored for that, spread evenly; 0 = all
 SCALE_SAMPLES = 200  # of the base model: its graded scores get mean 0 and deviation 1; 0 = off
 SUCCESS_THRESHOLD = "auto"  # a higher score is a success; auto = of rules and reward models alone
 
@@ -143,7 +143,6 @@ class Settings(TrainingSettings):
     success_threshold: NumberOrAuto = changeable()
     training_epochs: Number = limits(1e-6, 10**6, changeable=True)
     max_new_tokens: Whole = limits(1, 10**6)
-    learning_rate: Number = limits(1e-30, 1e30)
     temperature: Number = limits(0.01, 100)
     target_approx_kl: Number = limits(0, 1e30, changeable=True)
     ppo_epochs: Whole = limits(1, 10**6)
@@ -274,8 +273,9 @@ def train(learner: Learner, rows: list[Row], metrics: Metrics, checkpoint: Check
     settings, optimizer = learner.settings, learner.trainer.optimizer
     total_steps = progress.count_steps(settings, rows)
     start = time.perf_counter() - (metrics[-1]["seconds"] if metrics else 0)
+    places = scored_places(settings, learner.scorer) if settings.score_prefixes else None
     log = progress.MetricsLog(
-        settings, metrics, total_steps, "train_rlhf", samples_per_step=settings.batch_size
+        settings, metrics, total_steps, "train_rlhf", settings.batch_size, places
     )
     scale = asdict(learner.scale)
 
@@ -483,7 +483,7 @@ def sample_and_score(rows: list[Row], numbers: torch.Tensor, learner: Learner) -
         queries,
         responses,
         settings.score_prefixes,
-        stride=stride_of(settings, learner.scorer),
+        scored_places(settings, learner.scorer),
     )
     return Rollout(queries, responses, texts, scores, token_scores)
 
@@ -541,26 +541,28 @@ def score_responses(
     queries: list[torch.Tensor],
     responses: list[torch.Tensor],
     score_prefixes: bool,
-    stride: int = 1,
+    places: list[int],
 ) -> tuple[list[float], list[torch.Tensor]]:
     """Return the score of each response, and what each of its tokens earns on the scale.
 
     With score_prefixes a token earns what it adds to the score of the text so far:
-    texts that score -1, -1, +1 earn 0, +2. Every beginning is scored for that, or the
-    one after every stride tokens; the last of them earns what they add. The sum is the
-    response's score less that of the empty text, so with GAMMA 1 the best policy stays
-    the best, and one sees which token did it: potential-based shaping (Ng, Harada and
-    Russell 1999). Without score_prefixes the last token earns the whole score.
+    texts that score -1, -1, +1 earn 0, +2. The beginnings of so many tokens as places
+    has, from 0 on, are scored for that; the last token of several between two places
+    earns what they add. The sum is the response's score less that of the empty text, so
+    with GAMMA 1 the best policy stays the best, and one sees which token did it:
+    potential-based shaping (Ng, Harada and Russell 1999). Without score_prefixes the
+    last token earns the whole score.
     """
+    skips_some = places != list(range(len(places)))
     # All texts are scored in one call.
     asked_rows, texts, all_places = [], [], []
     for row, query, response in zip(rows, queries, responses):
-        places = [len(response)]
+        own_places = [len(response)]
         if score_prefixes:
-            places = [*range(0, len(response), stride), len(response)]
-        asked_rows += [row] * len(places)
-        texts += beginnings_of(tokenizer, query, response, places, whole=stride > 1)
-        all_places.append(torch.tensor(places))
+            own_places = [*(place for place in places if place < len(response)), len(response)]
+        asked_rows += [row] * len(own_places)
+        texts += beginnings_of(tokenizer, query, response, own_places, whole_words_only=skips_some)
+        all_places.append(torch.tensor(own_places))
     counts = [len(places) for places in all_places]
     all_scores = torch.tensor(scorer(asked_rows, texts), dtype=torch.float64)
 
@@ -582,27 +584,30 @@ def beginnings_of(
     query: torch.Tensor,
     response: torch.Tensor,
     places: list[int],
-    whole: bool,
+    whole_words_only: bool,
 ) -> list[str]:
     """Return the texts of a response's beginnings, each of so many tokens, the longest last.
 
-    whole: leave out what may be half a word at the end of all but the last. That follows
-    from the beginning alone: if it depended on the next token, that token would have
-    changed what the ones before it had earned, and the shaping would not be exact.
+    whole_words_only: leave out what may be half a word at the end of all but the last.
+    That follows from the beginning alone: if it depended on the next token, that token
+    would have changed what the ones before it had earned, and the shaping would not be
+    exact.
     """
     beginnings = [response[:place] for place in places]
     texts = texts_of(tokenizer, query, beginnings)
-    if whole:
+    if whole_words_only:
         texts[:-1] = [whole_words(text) for text in texts[:-1]]
     return texts
 
 
-def stride_of(settings: Settings, scorer: Scorer) -> int:
-    """Return how many tokens lie between two beginnings of a response that are scored."""
-    # One pass has the scores of all.
-    if settings.max_prefixes == 0 or scorer.reads_beginnings:
-        return 1
-    return math.ceil(settings.max_new_tokens / settings.max_prefixes)
+def scored_places(settings: Settings, scorer: Scorer) -> list[int]:
+    """Return after how many tokens a response's beginnings are scored: MAX_PREFIXES, evenly."""
+    length = settings.max_new_tokens
+    count = min(settings.max_prefixes or length, length)
+    # A classifier that reads beginnings has the scores of all in one pass.
+    if scorer.reads_beginnings:
+        count = length
+    return [number * length // count for number in range(count)]
 
 
 # ---------------------------------------------------------- what is needed of the logits

@@ -62,7 +62,7 @@ MINI_BATCH_SIZE = 0  # examples at once, a divisor of BATCH_SIZE; memory grows w
 PACKING = False  # True = examples of a minibatch one after another, without padding; same loss
 GROUP_BY_LENGTH = True  # examples of like length in a batch: less padding, but a bumpy loss
 GRADIENT_CHECKPOINTING = False  # True saves memory, most with long examples; it is slower
-LEARNING_RATE = "auto"  # at its highest; auto = from the model's width: 5e-4 at TinyLlama's 2048
+LEARNING_RATE = 2e-4  # at its highest; small models want more: 3e-3 for one of a million parameters
 WARMUP_SHARE = 0.03  # of the steps, in which the rate rises; then it falls along a cosine; 0 = off
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0 = off
 
@@ -135,11 +135,12 @@ def run(settings: Settings) -> None:
         counts = f"{len(learned.examples)} examples to train on"
         counts += f", {len(eval_learned.examples)} held out{forms_in_words(learned.rows)}"
         announce(stage, dtype, counts, data.tally)
+        write_learned(tokenizer, learned, eval_learned, Path(settings.output_dir, "learned.jsonl"))
         metrics, base = fit(stage)
         # What is saved is what is measured.
         model = unquantized(model)
         held_out = replace(held_out, model=model)
-        with as_saved(model):
+        with as_saved(model, settings.output_dir):
             trained = held_out.measure()
         report = make_report(stage, metrics, base, trained, learned.rows)
 
@@ -151,8 +152,7 @@ def run(settings: Settings) -> None:
                 save_model(model, tokenizer, settings, folder)
                 draw(report, metrics, folder / "training.png")
                 write_report(report, summarize(report, "."), folder)
-                write_learned(tokenizer, learned, eval_learned, folder / "learned.jsonl")
-                watch.add_page(Path(settings.output_dir), folder)
+            watch.add_page(Path(settings.output_dir))
         print(summarize(report, os.path.join(".", settings.output_dir)), flush=True)
 
 
@@ -242,7 +242,6 @@ def make_report(
     del base["counts"]
     return {
         **describe_run(stage.model, stage.settings, metrics, tags=["sft"]),
-        "learning_rate": stage.learning_rate,
         "base": base,
         "trained": trained,
         "learned": fall > 3 * error,

@@ -4,8 +4,9 @@
     python benchmarks/prefixes.py "stories260K, 120 tokens"  # prints the rows of this task alone
 
 Words that are rare, in responses of up to 40 and 120 tokens. The responses of demo_model end by
-themselves after some 25 tokens, those of stories260K, a model that is not part of the project, do
-not. Every run is a process of its own with one thread, as many at once as there are cores.
+themselves after some 25 tokens, so the longer ones are those of stories260K, a model that is not
+part of the project. Every run is a process of its own with one thread, as many at once as there
+are cores.
 """
 
 import os
@@ -18,11 +19,9 @@ from learning import COLUMNS, MODELS, commit, row, run
 SEEDS = range(5)
 CALM = ["--positive-words", "calm", "serene", "peaceful", *MODELS["demo_model"]]
 STORY = [*("--positive-words", "water", "garden", "house"), *MODELS["stories260K, story prompts"]]
-TASKS = {  # name: flags, the length, and what MAX_PREFIXES is tried
+TASKS = {  # name: flags, the length, and what MAX_PREFIXES is tried; 0 = all
     "demo_model, 40 tokens": (CALM, 40, (0, 20, 10)),
-    "demo_model, 120 tokens": (CALM, 120, (0, 20, 10)),
-    "stories260K, 40 tokens": (STORY, 40, (0, 20, 10)),
-    "stories260K, 120 tokens": (STORY, 120, (0, 20, 10)),
+    "stories260K, 120 tokens": (STORY, 120, (0, 40, 20)),
 }
 # One measurement has to do for the long ones.
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--eval-samples", "120"]

@@ -5,6 +5,7 @@
 # library only where it has to.
 import importlib.util
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from finetune.errors import SettingsError, blame, shorten
@@ -31,10 +32,16 @@ OF_ACCELERATE = {
 OF_A_RUN = {"metrics.jsonl", "report.json", "checkpoint"}
 
 
+def rows_at_once(batch_size: int, mini_batch_size: int) -> tuple[str, int]:
+    """Return which setting says how many rows are passed at once, and how many these are."""
+    if mini_batch_size:
+        return "MINI_BATCH_SIZE", mini_batch_size
+    return "BATCH_SIZE", batch_size
+
+
 def check_batches(batch_size: int, mini_batch_size: int) -> None:
     """Refuse batches that can't be divided."""
-    name = "MINI_BATCH_SIZE" if mini_batch_size else "BATCH_SIZE"
-    size = mini_batch_size or batch_size
+    name, size = rows_at_once(batch_size, mini_batch_size)
     if process_count() > size:
         remedy = f"give at least {process_count()}, a response for each process"
         raise SettingsError(f"{name} is {size}: {remedy}")
@@ -46,8 +53,7 @@ def check_batches(batch_size: int, mini_batch_size: int) -> None:
 
 def check_shares(batch_size: int, mini_batch_size: int) -> None:
     """Refuse a minibatch of which the processes would not get as many examples each."""
-    name = "MINI_BATCH_SIZE" if mini_batch_size else "BATCH_SIZE"
-    size = mini_batch_size or batch_size
+    name, size = rows_at_once(batch_size, mini_batch_size)
     # Where there are too few, check_batches tells.
     if size > process_count() and size % process_count():
         remedy = f"give a multiple of {process_count()}, the number of processes"
@@ -129,6 +135,11 @@ def check_output(model_name: str, output_dir: str) -> None:
         existing = next(path for path in paths if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ValueError(f"{existing} can't be written")
+
+        # What can't be looked at does not exist, to exists(), but is no folder to be made either: a
+        # name that is too long (from Python 3.14 on), a link that leads to itself.
+        with suppress(FileNotFoundError):
+            output.stat()
 
         names = set()
         if output.exists():

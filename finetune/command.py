@@ -78,8 +78,8 @@ def tell_in_a_line(
     if isinstance(error, Stopped):
         sys.exit(stopped(error))
     place = traceback.extract_tb(trace)[-1]
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    in_a_constant = (place.filename, place.name) == (script, "<module>")
+    frame, _ = list(traceback.walk_tb(trace))[-1]
+    in_a_constant = (frame.f_globals["__name__"], place.name) == ("__main__", "<module>")
     if isinstance(error, NameError) and in_a_constant and place.line:
         line = place.line.partition("#")[0].strip()
         print(f'{line}: give "{error.name}", in quotes', file=sys.stderr)

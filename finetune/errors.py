@@ -28,6 +28,11 @@ def shorten(value: object, length: int = 80) -> str:
     return first[: length - 1].rstrip(" .:") + "…"
 
 
+def end_of(text: str, length: int) -> str:
+    """Return the end of a text, of at most so many characters."""
+    return text if len(text) <= length else "…" + text[1 - length :].lstrip()
+
+
 def telling_text(error: BaseException) -> str:
     """Return what an error says, with its second line in the first where that announces it."""
     # The text of a KeyError is a single word, which says nothing without its class.

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy, softplus
 
-from finetune.errors import shorten
+from finetune.errors import end_of, shorten
 from finetune.files import Row
 from finetune.progress import Metrics, progress, recent
 from finetune.tokens import appends_end, prompt_ids, texts_of
@@ -201,8 +201,7 @@ def compare_answers(before: dict[str, str], after: dict[str, str]) -> list[str]:
 
 def end_line(text: str, length: int = 80) -> str:
     """Return the end of a text in one line: what is judged is behind what was asked."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else "…" + line[1 - length :].lstrip()
+    return end_of(" ".join(text.split()), length)
 
 
 def short_line(text: str) -> str:

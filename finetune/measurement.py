@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from finetune.figures import RECENT, without_bad_numbers
 from finetune.output import describe_run
 from finetune.processes import device_name
 from finetune.progress import Metrics, count_steps, recent, write_lines
@@ -64,6 +65,7 @@ def announce(
     meaning = f": {scorer.meaning}" if scorer.meaning else ""
     print(f"Reward    {settings.reward}{meaning}")
     print(f"Training  {samples} samples in {steps} steps, seed {settings.seed}")
+    print(f"Shown     of each step: means of the last {RECENT} samples")
     print(f"Output    {settings.output_dir}/{going_on}\n", flush=True)
 
 
@@ -89,10 +91,7 @@ def make_record(
         **stats,
         "distinct": len(set(texts)) / len(texts),
     }
-    for name, value in record.items():
-        if value is not None and not math.isfinite(value):
-            record[name] = None
-    return record
+    return dict(without_bad_numbers(record))
 
 
 def progress_text(metrics: Metrics) -> str:

@@ -1,16 +1,18 @@
-"""What a page shows of a run: its curve, its steps, before and after, in numbers and texts."""
+"""What a page shows of a run: its steps, before and after, in numbers and texts."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from finetune.errors import shorten
+from finetune.curves import POINTS, curve_of, evenly, is_scaled, recent_mean, scaled_score
+from finetune.errors import end_of, shorten
+from finetune.figures import short, without_bad_numbers
 from finetune.files import Row
 from finetune.prompts import last_said
-from finetune.run_files import RunFiles
+from finetune.run_files import RunFiles, last_name
 from finetune.words import word_spans
 
-POINTS = 400  # of a curve, at most
+WORDS_SHOWN = 200
 PROMPTS_SHOWN = 12  # of those to train on, and of those held out
 PAIRS_SHOWN = 4  # of responses before and after, to each of these
 LONGEST_TEXT = 400  # characters of a text of which there are many
@@ -24,7 +26,8 @@ def page_content(files: RunFiles, room: int, size: Size) -> Row:
     content = head_of(files)
     if files.script == "train_sft":
         examples = [
-            line | {"asked": end_of(line["asked"])} for line in files.lines("learned.jsonl")
+            line | {"asked": end_of(line["asked"], LONGEST_TEXT)}
+            for line in files.lines("learned.jsonl")
         ]
         content |= {"answers": answers_of(files), "examples": examples}
     elif files.script == "train_reward_model":
@@ -41,17 +44,19 @@ def head_of(files: RunFiles) -> Row:
     settings, last = files.settings, files.metrics[-1]
     report = files.report or {}
     scale = report.get("scale", {})
-    results = None
-    if files.report is not None:
-        results = {name: without_texts(report[name]) for name in ("base", "trained")}
+    is_ppo = files.script == "train_rlhf"
     return {
         "script": files.script,
-        "model": shorten(settings["model_name"]),
+        "model": shorten(last_name(settings["model_name"])),
         "reward": settings.get("reward"),
         "is_rule": is_rule(files),
+        "words": settings["positive_words"][:WORDS_SHOWN] if is_rule(files) else None,
         "data": settings.get("data"),
         "kl_coef": settings.get("kl_coef"),
         "score_prefixes": settings.get("score_prefixes"),
+        "scored_places": files.scored_places if skips_some(files) else None,
+        "is_scaled": is_ppo and is_scaled(files.metrics),
+        "scale": scale or None,
         "seed": settings["seed"],
         "step": last["step"],
         "total_steps": files.total_steps,
@@ -59,10 +64,8 @@ def head_of(files: RunFiles) -> Row:
         "seconds": last["seconds"],
         "device": report.get("device"),
         "learned": report.get("learned"),
-        "accuracy": scale.get("accuracy"),
-        "threshold": scale.get("threshold"),
-        "results": results,
-        "curve": curve_of(files.metrics),
+        "results": results_of(files),
+        "curve": curve_of(files.script, files.metrics),
     }
 
 
@@ -71,74 +74,47 @@ def is_rule(files: RunFiles) -> bool:
     return files.settings.get("reward") == "positive_word_reward"
 
 
-def without_texts(value: Any) -> Any:
-    """Return figures without what was said; those that are not finite are None, JSON's null."""
-    if isinstance(value, dict):
-        names = value.keys() - {"first_sample"}
-        return {name: without_texts(value[name]) for name in sorted(names)}
-    if isinstance(value, list):
-        return [without_texts(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
+def skips_some(files: RunFiles) -> bool:
+    """Return whether only some of the beginnings of a response are scored."""
+    places = files.scored_places
+    return places is not None and len(places) < files.settings["max_new_tokens"]
+
+
+def results_of(files: RunFiles) -> Row | None:
+    """Return the figures before and after, without what was said; None where it has no end."""
+    if files.report is None:
         return None
-    return value
-
-
-# ---------------------------------------------------------------------------- the curve
-def curve_of(metrics: list[Row]) -> Row:
-    """Return the figures of all steps, or of an even choice, and means of the last 100 samples."""
-    names = [name for name, value in metrics[0].items() if not isinstance(value, str)]
-    chosen = evenly(range(len(metrics)), math.ceil(len(metrics) / POINTS))
-    window = max(round(100 * len(metrics) / metrics[-1]["samples"]), 1)
-
-    curve: Row = {"window": window}
-    for name in names:
-        values = [record[name] for record in metrics]
-        curve[name] = [short(values[place]) for place in chosen]
-        means = [mean(values[max(place + 1 - window, 0) : place + 1]) for place in chosen]
-        curve[f"mean_{name}"] = means
-
-    # What was measured on held-out rows, of few steps, is kept whole.
-    held_out = [record for record in metrics if record.get("eval_loss") is not None]
-    curve["held_out"] = evenly(held_out, math.ceil(len(held_out) / POINTS) or 1)
-    return curve
-
-
-def mean(values: list[Any]) -> float | None:
-    """Return the mean of those values that are numbers, None where none is."""
-    numbers = [value for value in values if value is not None]
-    return short(sum(numbers) / len(numbers)) if numbers else None
-
-
-def short(number: Any) -> Any:
-    """Return a number with four digits that count, a whole one as it is, else None."""
-    if not isinstance(number, float):
-        return number
-    return float(f"{number:.4g}") if math.isfinite(number) else None
-
-
-def evenly(values: Any, every: int) -> list[Any]:
-    """Return every so manyth of the values, from the first on, and the last one."""
-    chosen = list(values[::every])
-    if len(values) and (len(values) - 1) % every:
-        chosen.append(values[-1])
-    return chosen
+    results: Row = {}
+    for model in ("base", "trained"):
+        figures = {}
+        for name, value in files.report[model].items():
+            if isinstance(value, dict):
+                value = {key: value[key] for key in value if key != "first_sample"}
+            if name != "first_sample":
+                figures[name] = value
+        results[model] = without_bad_numbers(figures)
+    return results
 
 
 # ---------------------------------------------------------------------------- the steps
 def steps_of(files: RunFiles, room: int, size: Size) -> Row:
     """Return the steps with their responses, as many of them, evenly, as there is room for."""
-    groups = list(kept_groups(files))
+    groups, last = kept_groups(files)
     steps = [step_of(group, files, room // STEPS_SHOWN, size) for group in groups]
     sizes = [size(step) + 1 for step in steps]
     every = 1
     while sum(evenly(sizes, every)) > room - 200:
         every += 1
-    return {"steps": evenly(steps, every)}
+    return {"steps": evenly(steps, every), "last_step_with_samples": last}
 
 
-def kept_groups(files: RunFiles) -> list[list[Row]]:
-    """Return the samples of each step that has tokens, or of some steps where none has."""
+def kept_groups(files: RunFiles) -> tuple[list[list[Row]], int]:
+    """Return the samples of each step that has tokens, or of some steps where none has.
+
+    Returns also the last step that has samples, 0 where none has.
+    """
     every = math.ceil(len(files.metrics) / POINTS)
+    last = 0
     with_tokens: list[list[Row]] = []
     others: list[list[Row]] = []
     for group in by_step(files.lines("samples.jsonl")):
@@ -146,11 +122,12 @@ def kept_groups(files: RunFiles) -> list[list[Row]]:
         # Samples are written before the step's metrics.
         if step > len(files.metrics):
             break
+        last = step
         if any(sample.get("tokens") for sample in group):
             with_tokens.append(group)
         elif not with_tokens and (step - 1) % every == 0:
             others.append(group)
-    return with_tokens or others
+    return with_tokens or others, last
 
 
 def by_step(samples: Iterable[Row]) -> Iterator[list[Row]]:
@@ -182,37 +159,52 @@ def step_of(group: list[Row], files: RunFiles, room: int, size: Size) -> Row:
     step = group[0]["step"]
     record = files.metrics[step - 1]
     names = ("score", "success_rate", "kl", "kl_coef", "reward")
-    figures = {name: short(record.get(name)) for name in names}
-    return {"step": step, **figures, "count": len(group), "responses": responses}
+    figures = {name: short(record.get(name), 8) for name in names}
+    return {
+        "step": step,
+        **figures,
+        "scaled": short(scaled_score(record)),
+        "mean_score": recent_mean(files.metrics, step, "score"),
+        "mean_success_rate": recent_mean(files.metrics, step, "success_rate"),
+        "count": len(group),
+        "responses": responses,
+    }
 
 
 def response_of(sample: Row, files: RunFiles) -> Row:
     """Return a response as the page shows it, with the places of what made its score."""
     prompt, text = last_said(sample["prompt"]), sample["response"]
     tokens = sample.get("tokens")
-    marks = best_token(tokens)
+    marks = best_tokens(tokens, files)
     if is_rule(files):
         marks = word_spans(text, files.settings["positive_words"], before=prompt)
     return {
-        "prompt": end_of(prompt),
+        "prompt": end_of(prompt, LONGEST_TEXT),
         "response": text,
-        "score": short(sample["score"]),
+        "score": short(sample["score"], 8),
         "kl": short(sample["kl"]),
         "marks": marks,
         "tokens": tokens,
     }
 
 
-def best_token(tokens: Row | None) -> list[tuple[int, int]]:
-    """Return where the token begins and ends that earned most, if any earned something."""
-    if tokens is None:
+def best_tokens(tokens: Row | None, files: RunFiles) -> list[tuple[int, int]]:
+    """Return where the tokens begin and end that earned most, if any earned something.
+
+    It is one, or as many as were scored together. Where only whole responses are scored,
+    none is better than the others.
+    """
+    if not tokens or not files.settings["score_prefixes"]:
         return []
     scores = [score or 0 for score in tokens["score"]]
-    if max(scores) <= 0:
+    if max(scores, default=0) <= 0:
         return []
-    place = scores.index(max(scores))
-    text = tokens["text"][place]
-    last = len("".join(tokens["text"][: place + 1]))
+    end = scores.index(max(scores)) + 1
+    start = end - 1
+    if files.scored_places is not None:
+        start = max(place for place in files.scored_places if place < end)
+    text = "".join(tokens["text"][start:end])
+    last = len("".join(tokens["text"][:end]))
     return [(last - len(text.lstrip()), last)]
 
 
@@ -234,7 +226,7 @@ def measured_of(files: RunFiles) -> list[Row]:
             continue
         pairs = list(zip(responses["base"], responses["trained"]))[:PAIRS_SHOWN]
         row = {
-            "prompt": end_of(prompt),
+            "prompt": end_of(prompt, LONGEST_TEXT),
             "held_out": prompts == "eval_prompts",
             "count": len(responses["base"]),
             "pairs": [[measured_response(line, files) for line in pair] for pair in pairs],
@@ -249,7 +241,7 @@ def measured_response(line: Row, files: RunFiles) -> Row:
     if is_rule(files):
         words = files.settings["positive_words"]
         marks = word_spans(line["response"], words, before=line["prompt"])
-    figures = {"score": short(line["score"]), "kl": short(line["kl"])}
+    figures = {"score": short(line["score"], 8), "kl": short(line["kl"])}
     return figures | marked_text(line["response"], marks)
 
 
@@ -260,7 +252,11 @@ def answers_of(files: RunFiles) -> list[Row]:
     before = files.report["base"]["first_sample"]
     after = files.report["trained"]["first_sample"]
     return [
-        {"prompt": end_of(prompt), "before": start_of(answer), "after": start_of(after[prompt])}
+        {
+            "prompt": end_of(prompt, LONGEST_TEXT),
+            "before": start_of(answer),
+            "after": start_of(after[prompt]),
+        }
         for prompt, answer in before.items()
     ]
 
@@ -268,7 +264,8 @@ def answers_of(files: RunFiles) -> list[Row]:
 # ----------------------------------------------------------------------------- the texts
 def marked_text(text: str, marks: list[tuple[int, int]]) -> Row:
     """Return the beginning of a response, as far as it is shown, with the marks in it."""
-    shown = [mark for mark in marks if mark[1] < LONGEST_TEXT]
+    length = len(text) if len(text) <= LONGEST_TEXT else LONGEST_TEXT - 1
+    shown = [mark for mark in marks if mark[1] <= length]
     return {"response": start_of(text), "marks": shown}
 
 
@@ -277,17 +274,14 @@ def start_of(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
 
 
-def end_of(text: str) -> str:
-    """Return the end of a prompt, or of what is judged, as far as it is shown."""
-    return text if len(text) <= LONGEST_TEXT else "…" + text[1 - LONGEST_TEXT :]
-
-
 def compared_of(files: RunFiles) -> list[Row]:
     """Return the held-out comparisons, each with the scores of its texts."""
+    if files.report is None:
+        return []
     comparisons = []
     for line in files.lines("compared.jsonl"):
         shown = {}
         for name, value in line.items():
-            shown[name] = end_of(value) if isinstance(value, str) else short(value)
+            shown[name] = end_of(value, LONGEST_TEXT) if isinstance(value, str) else short(value)
         comparisons.append(shown)
     return comparisons

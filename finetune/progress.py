@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from finetune.errors import RunError, shorten
+from finetune.figures import recent_records, without_bad_numbers
 from finetune.files import Row
 from finetune.processes import is_main_process
 from finetune.prompts import last_said
@@ -44,11 +46,7 @@ def recent(metrics: Metrics, name: str) -> float:
 
     It is nan where there is no such step.
     """
-    values = []
-    for record in metrics[-100:]:
-        is_recent = record["samples"] > metrics[-1]["samples"] - 100
-        if is_recent and record[name] is not None:
-            values.append(record[name])
+    values = [record[name] for record in recent_records(metrics) if record[name] is not None]
     return sum(values) / len(values) if values else math.nan
 
 
@@ -70,7 +68,8 @@ class MetricsLog:
 
     metrics: of the steps that are done. total: how many steps the whole run takes.
     project: the name of the script. samples_per_step: how many lines of samples.jsonl a
-    step has; 0 = there is no such file. In all processes but the main one nothing is
+    step has; 0 = there is no such file. scored_places: after how many tokens beginnings of
+    them are scored, None where none is. In all processes but the main one nothing is
     written or shown.
     """
 
@@ -81,6 +80,7 @@ class MetricsLog:
         total: int,
         project: str,
         samples_per_step: int = 0,
+        scored_places: list[int] | None = None,
     ) -> None:
         self.metrics = metrics
         self.total = total
@@ -91,6 +91,8 @@ class MetricsLog:
             "total_steps": total,
             "settings": settings.model_dump(),
         }
+        if samples_per_step > 0:
+            self.described["scored_places"] = scored_places
         self.metrics_path = Path(settings.output_dir, "metrics.jsonl")
         self.samples_path = Path(settings.output_dir, "samples.jsonl")
 
@@ -112,7 +114,9 @@ class MetricsLog:
 
         # Whoever looks at a run that goes on, or was stopped, has no report.
         text = json.dumps(self.described, indent=2) + "\n"
-        self.metrics_path.with_name("run.json").write_text(text, encoding="utf-8")
+        unfinished = self.metrics_path.with_name("run.unfinished")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, self.metrics_path.with_name("run.json"))
 
         self.bar = tqdm(
             total=self.total,
@@ -196,21 +200,16 @@ class MetricsLog:
 
 
 def write_lines(path: Path, rows: Iterable[Row], mode: str = "w") -> None:
-    """Write a line of JSON for each row, in any script as it is read; mode a adds them."""
+    """Write a line of JSON for each row, in any script as it is read; mode a adds them.
+
+    A number that is not finite becomes None, JSON's null.
+    """
     with open(path, mode, encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            line = json.dumps(without_bad_numbers(row), ensure_ascii=False)
+            file.write(line + "\n")
 
 
 def without_tokens(sample: Row) -> Row:
     """Return a sample without what is known of its tokens, which is no cell of a table."""
     return {name: value for name, value in sample.items() if name != "tokens"}
-
-
-def without_bad_numbers(sample: Row) -> Row:
-    """Return a sample whose numbers that are not finite are None, JSON's null."""
-    finite = dict(sample)
-    for name, value in sample.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            finite[name] = None
-    return finite

@@ -1,6 +1,7 @@
 """The files of a run, read by whoever looks at it; the run may still go on."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,65 +13,70 @@ from finetune.files import Row
 class RunFiles(NamedTuple):
     """What the folder of a run holds.
 
-    places: where its files are, the first that has one counts. script: which made it.
-    total_steps: of the whole run. report: None where the run has not ended.
+    script: which made it. total_steps: of the whole run. scored_places: after how many
+    tokens beginnings of responses are scored, None where none is. report: None where the
+    run has not ended.
     """
 
-    places: list[Path]
+    folder: Path
     script: str
     settings: Row
     total_steps: int
+    scored_places: list[int] | None
     metrics: list[Row]
     report: Row | None
 
     def lines(self, name: str) -> Iterator[Row]:
         """Yield the rows of a file of JSON lines, none where there is no such file."""
-        path = find(name, self.places)
-        if path is not None:
-            yield from read_lines(path)
+        if (self.folder / name).is_file():
+            yield from read_lines(self.folder / name)
 
 
-def read_run(folder: Path, new: Path | None = None) -> RunFiles:
-    """Return what a folder holds; raise SettingsError where it is none of a run.
-
-    new: where those files are that have not moved there yet.
-    """
-    places = [folder] if new is None else [new, folder]
+def read_run(folder: Path) -> RunFiles:
+    """Return what a folder holds; raise SettingsError where it is none of a run."""
+    remedy = "name OUTPUT_DIR of a run, or wait until its first step is done"
     if not folder.is_dir():
-        raise SettingsError(f"{folder} is no folder: name OUTPUT_DIR of a run")
-    metrics_path, run_path = find("metrics.jsonl", places), find("run.json", places)
-    if metrics_path is None or run_path is None:
-        lacking = "metrics.jsonl" if metrics_path is None else "run.json"
-        raise SettingsError(f"{folder} has no {lacking}: name OUTPUT_DIR of a run")
-    metrics = list(read_lines(metrics_path))
+        raise SettingsError(f"{folder} is no folder: {remedy}")
+    for name in ("metrics.jsonl", "run.json"):
+        if not (folder / name).is_file():
+            raise SettingsError(f"{folder} has no {name}: {remedy}")
+    metrics = list(read_lines(folder / "metrics.jsonl"))
     if not metrics:
         raise SettingsError(f"{folder} has no step yet: wait until the first is done")
 
     # The report of an earlier end says nothing of a run that went on.
-    run, report_path = read_json(run_path), find("report.json", places)
-    report = None if report_path is None else read_json(report_path)
+    run, report = read_json(folder / "run.json"), None
+    if (folder / "report.json").is_file():
+        report = read_json(folder / "report.json")
     if report is not None and report["samples"] != metrics[-1]["samples"]:
         report = None
-    return RunFiles(places, run["script"], run["settings"], run["total_steps"], metrics, report)
+    return RunFiles(
+        folder,
+        run["script"],
+        run["settings"],
+        run["total_steps"],
+        run.get("scored_places"),
+        metrics,
+        report,
+    )
 
 
-def find(name: str, places: list[Path]) -> Path | None:
-    """Return the path of a file in the first of the folders that has it."""
-    for place in places:
-        if (place / name).is_file():
-            return place / name
-    return None
+def last_name(path: str) -> str:
+    """Return the last part of a path, or of a name on the Hub, on whatever system it was."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def read_lines(path: Path) -> Iterator[Row]:
     """Yield the rows of a file of JSON lines, but for a last line that is being written."""
     number = 0
-    with open(path, encoding="utf-8", newline="\n") as file:
+    # What is being written may end within a letter, so bytes are read.
+    with open(path, "rb") as file:
         try:
             for line in file:
                 number += 1
-                if line.endswith("\n"):
-                    yield json.loads(line)
+                if not line.endswith(b"\n"):
+                    return
+                yield json.loads(line)
         except ValueError as error:
             problem = f"{path}, line {number}, can't be read ({shorten(error)})"
             raise SettingsError(f"{problem}: put back what the run wrote") from error

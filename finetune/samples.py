@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import transformers
 
+from finetune.figures import short
 from finetune.files import Row
+from finetune.processes import is_main_process
 from finetune.tokens import texts_of
 
 # So many tokens of a run have figures, and so many of a step: about 7 MB of text.
@@ -39,7 +41,8 @@ def keeps_tokens(step: int, total: int, settings: Any) -> bool:
     """Return whether the tokens of a step are written: of all steps, or of every nth and the last.
 
     n is the least with which the whole run has at most TOKENS_OF_RUN, so the longest
-    run leaves a folder of much the same size.
+    run leaves a folder of much the same size. Of a run that goes on for longer than it
+    was meant to, n is larger from there on.
     """
     tokens = min(settings.batch_size * settings.max_new_tokens, TOKENS_OF_STEP)
     every = math.ceil(total * tokens / TOKENS_OF_RUN)
@@ -52,7 +55,12 @@ def add_tokens(
     rollout: Any,
     figures: Any,
 ) -> None:
-    """Give the samples of a step their tokens, up to TOKENS_OF_STEP; see samples_of_step."""
+    """Give the samples of a step their tokens, up to TOKENS_OF_STEP; see samples_of_step.
+
+    Only the main process does it, for that one writes them.
+    """
+    if not is_main_process():
+        return
     count = 0
     for place, sample in enumerate(samples):
         response = rollout.responses[place]
@@ -80,22 +88,29 @@ def token_texts(
     A letter of several tokens belongs to the last of them. The others have an empty
     text, as have special tokens.
     """
+    if len(response) == 0:
+        return []
     beginnings = [response[:end] for end in range(1, len(response) + 1)]
     texts = texts_of(tokenizer, query, beginnings)
     whole = texts[-1]
-    places = [0]
+    ends = [0]
     for text in texts:
         # Where a beginning ends within a letter, a sign stands there that says so.
-        length = len(text)
-        while not whole.startswith(text[:length]):
-            length -= 1
-        places.append(max(length, places[-1]))
-    places[-1] = len(whole)
-    return [whole[first:last] for first, last in pairwise(places)]
+        ends.append(max(common_length(text, whole), ends[-1]))
+    ends[-1] = len(whole)
+    return [whole[first:last] for first, last in pairwise(ends)]
+
+
+def common_length(one: str, other: str) -> int:
+    """Return how many letters two texts have in common, from the beginning on."""
+    if other.startswith(one):
+        return len(one)
+    for place, (letter, other_letter) in enumerate(zip(one, other)):
+        if letter != other_letter:
+            return place
+    return len(other)
 
 
 def rounded(numbers: torch.Tensor) -> list[float | None]:
     """Return numbers with four digits that count; what is not finite is None, JSON's null."""
-    return [
-        float(f"{number:.4g}") if math.isfinite(number) else None for number in numbers.tolist()
-    ]
+    return [short(number) for number in numbers.tolist()]

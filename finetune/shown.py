@@ -1,12 +1,12 @@
 """What the stages before PPO write for whoever watches them: examples and comparisons."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from finetune.files import Row
 from finetune.labels import Learned, Tokenizer
+from finetune.processes import is_main_process
 from finetune.progress import write_lines
 from finetune.samples import token_texts
 
@@ -24,7 +24,12 @@ def write_learned(
     eval_learned: Learned,
     path: Path,
 ) -> None:
-    """Write a line for each of a few examples: its tokens, and which of them are learned."""
+    """Write a line for each of a few examples: its tokens, and which of them are learned.
+
+    Only the main process does it.
+    """
+    if not is_main_process():
+        return
     lines = []
     for held_out, shown in ((True, eval_learned), (False, learned)):
         for example, row in zip(shown.examples[:EXAMPLES_SHOWN], shown.rows):
@@ -53,18 +58,17 @@ def names_and_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return texts
 
 
-def write_compared(held_out: Any, path: Path) -> None:
-    """Write a line for each of the held-out comparisons, an even choice: texts and their scores.
+def write_compared(examples: list[Row], scores: list[list[float]], path: Path) -> None:
+    """Write a line for each of an even choice of comparisons: its texts, and their scores.
 
-    held_out: the model and what it is measured on, as train_reward_model.py has it. Of a
-    text with a label the other text, and its score, are None.
+    scores: of the texts of each. Of a text with a label the other text, and its score,
+    are None.
     """
-    every = -(-len(held_out.examples) // COMPARISONS_SHOWN)
-    shown = held_out.examples[::every]
+    every = -(-len(examples) // COMPARISONS_SHOWN)
     lines = []
-    for example, scores in zip(shown, held_out.judge(shown).scores):
+    for example, its_scores in zip(examples[::every], scores[::every]):
         line: Row = dict.fromkeys(("better", "better_score", "worse", "worse_score"))
-        for text, score, sign in zip(example["texts"], scores, example["signs"]):
+        for text, score, sign in zip(example["texts"], its_scores, example["signs"]):
             name = "better" if sign > 0 else "worse"
             line |= {name: text, f"{name}_score": score}
         lines.append(line)

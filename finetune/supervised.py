@@ -17,7 +17,6 @@ from finetune.fields import Tally
 from finetune.files import Row
 from finetune.processes import device_name, process_count
 from finetune.progress import Metrics, MetricsLog, count_steps, give_up_on_bad_numbers, recent
-from finetune.rates import rate_for
 from finetune.settings import StageSettings
 
 
@@ -37,12 +36,6 @@ class Stage:
     def steps(self) -> int:
         """How many steps the whole run takes."""
         return count_steps(self.settings, self.examples)
-
-    @property
-    def learning_rate(self) -> float:
-        """The highest rate of the run."""
-        rate = self.settings.learning_rate
-        return rate_for(self.model.config) if rate == "auto" else rate
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ def fit(
     """
     model, settings = stage.model, stage.settings
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(weights, stage.learning_rate)
+    optimizer = torch.optim.Adam(weights, settings.learning_rate)
     checkpoint = Checkpoint(model, optimizer, None, settings, stage.files)
     state = restore(checkpoint, stage.steps) if settings.resume else {"metrics": [], "base": None}
     metrics = state["metrics"]
@@ -151,7 +144,7 @@ def make_arguments(stage: Stage, steps: int) -> TrainingArguments:
         max_grad_norm=settings.max_grad_norm,
         activation_checkpointing=settings.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        ddp_find_unused_parameters=False,  # there are none, and it would take time
+        ddp_find_unused_parameters=False,  # every adapted layer is used in each pass
         use_cpu=model.device.type == "cpu",
         fp16=model.dtype == torch.float16,
         logging_steps=1,
@@ -187,9 +180,10 @@ class Recorder(transformers.TrainerCallback):
     ) -> None:
         """Begin a step with random numbers of its own, so that a run can go on anywhere."""
         step = len(self.training.metrics) + 1
-        # They are for LORA_DROPOUT, and each process leaves out what it likes.
-        own = args.process_index * 10**15
-        torch.manual_seed(own + self.training.stage.settings.seed * 10**6 + step)
+        # They are for LORA_DROPOUT: each process leaves out other inputs. No seed of SEED and
+        # step is as large as what the second process begins with.
+        of_process = args.process_index * 10**16
+        torch.manual_seed(of_process + self.training.stage.settings.seed * 10**6 + step)
         # Or one loss that is not finite would stay for good.
         self.training.trainer._tr_loss.zero_()
 
@@ -205,9 +199,8 @@ class Recorder(transformers.TrainerCallback):
         if args.fp16:
             return
         optimizer = self.training.checkpoint.optimizer
-        gradients = [weight.grad for weight in optimizer.param_groups[0]["params"]]
-        gradients = [gradient for gradient in gradients if gradient is not None]
-        if not all(gradient.isfinite().all() for gradient in gradients):
+        weights = optimizer.param_groups[0]["params"]
+        if not all(weight.grad.isfinite().all() for weight in weights if weight.grad is not None):
             optimizer.zero_grad()
 
     def on_log(
@@ -285,8 +278,5 @@ def announce(stage: Stage, dtype: str, data: str, tally: Tally) -> None:
     print(f"Model     {settings.model_name}, {total:,} parameters, {trained:,} of them trained")
     print(f"Device    {device_name(model.device)}, {dtype} weights")
     print(f"Data      {settings.data}: {data}{tally.in_words()}")
-    rate = f"learning rate {stage.learning_rate:.2g}"
-    if settings.learning_rate == "auto":
-        rate += f", auto for a {model.config.model_type} of width {model.config.hidden_size}"
-    print(f"Training  {stage.steps} steps of {settings.batch_size}, seed {settings.seed}, {rate}")
+    print(f"Training  {stage.steps} steps of {settings.batch_size}, seed {settings.seed}")
     print(f"Output    {settings.output_dir}/\n", flush=True)

@@ -1,6 +1,8 @@
 
 "use strict";
 
+document.documentElement.classList.add("ready");
+
 // All texts of models and users are set as text, never as HTML.
 const run = JSON.parse(document.getElementById("content").textContent);
 
@@ -63,8 +65,7 @@ function showHeader() {
   for (const element of document.querySelectorAll(".only")) {
     if (!element.classList.contains(run.script)) element.remove();
   }
-  const name = run.model.split("/").filter(Boolean).pop();
-  byId("title").textContent = `${name}, ${TITLES[run.script]}`;
+  byId("title").textContent = `${run.model}, ${TITLES[run.script]}`;
   document.title = byId("title").textContent;
 
   const facts = [];
@@ -73,7 +74,7 @@ function showHeader() {
   facts.push(`${whole(run.samples)} ${LEARNED_FROM[run.script]}`);
   facts.push(`${whole(run.step)} steps`);
   facts.push(`${run.seconds.toFixed(0)} seconds${run.device ? ` on ${run.device}` : ""}`);
-  facts.push(`seed ${run.seed}`);
+  facts.push(`seed\u00a0${run.seed}`);
   byId("facts").textContent = facts.join(" · ");
 
   if (!run.results) {
@@ -88,10 +89,13 @@ function showHeader() {
 // ------------------------------------------------------------------------- the result
 function showResult() {
   if (run.kl_coef !== null && byId("kl-coef")) byId("kl-coef").textContent = String(run.kl_coef);
-  if (run.accuracy !== null) {
+  if (run.words) showRule();
+  if (run.is_scaled) showScale();
+  const accuracy = run.scale?.accuracy ?? null;
+  if (accuracy !== null) {
     byId("proxy").textContent =
       "The score is a proxy: it is the opinion of a reward model, " +
-      `${run.reward}, which agrees with ${percent(run.accuracy, 0)} of held-out comparisons. ` +
+      `${run.reward}, which agrees with ${percent(accuracy, 0)} of held-out comparisons. ` +
       "A higher score is what that model likes, not always what people do.";
     byId("proxy").hidden = false;
   }
@@ -126,9 +130,31 @@ function showPolicyResult(before, after) {
   }
   const unit = run.is_rule
     ? "of responses have one of the positive words"
-    : `of responses score above ${plain(run.threshold)}`;
+    : `of responses score above ${plain(run.scale.threshold)}`;
   showHeadline(percent(before.success_rate, 0), percent(after.success_rate, 0), unit);
   byId("verdict").textContent = `Mean score ${scores}, ${cost}. ${learnedOrNot()}`;
+}
+
+// Say what the script's own reward counts; the words are folded away.
+function showRule() {
+  const words = run.words.length === 1 ? "this word" : `one of ${run.words.length} words`;
+  byId("rule").hidden = false;
+  byId("rule").append(
+    make("summary", {}, `A response scores +1 if it has ${words}, else −1.`),
+    make("p", { class: "quiet" }, `One is enough: ${run.words.join(", ")}`),
+  );
+}
+
+// Say what graded scores are put on; while a run goes on that is not known.
+function showScale() {
+  const { mean, deviation } = run.scale || {};
+  byId("scale").hidden = false;
+  byId("scale").textContent =
+    "Scores are put on another scale before they are trained on" +
+    (run.scale?.deviation
+      ? `: ${brief(mean, 4)} counts as 0, ${brief(deviation, 4)} points are about 1, and what is far ` +
+        "from there counts by its logarithm."
+      : ".");
 }
 
 function showHeadline(before, after, unit) {
@@ -146,7 +172,7 @@ function learnedOrNot() {
 
 // -------------------------------------------------------------------------- the curve
 // A panel is a picture with its own vertical axis; a series is a line, dots or both.
-const LEFT = 44;
+const LEFT = 56;
 const RIGHT = 12;
 const PANEL_TOP = 26;
 
@@ -154,20 +180,17 @@ function panelsOfRun() {
   const curve = run.curve;
   const xs = curve.step;
   if (run.script === "train_rlhf") {
-    // On the scale that is trained on, the score is what the reward is with the price put back.
-    const scaled = (rewards, kls) =>
-      rewards.map((reward, i) => (reward === null ? null : reward + run.kl_coef * kls[i]));
     const score = {
-      name: isScaled() ? "score, as trained on" : "score",
+      name: run.is_scaled ? "scaled score" : "score",
       look: "more",
       xs,
-      ys: scaled(curve.mean_reward, curve.mean_kl),
-      dots: scaled(curve.reward, curve.kl),
+      ys: curve.mean_scaled,
+      dots: curve.scaled,
     };
     const reward = { name: "score − price of KL", look: "less dash", xs, ys: curve.mean_reward };
     const kl = { name: "KL in nats", look: "ink", xs, ys: curve.mean_kl, dots: curve.kl };
     return [
-      { height: 190, series: [score, reward], gap: true },
+      { height: 190, series: [score, reward], gap: true, measured: measuredScores() },
       { height: 110, series: [kl], least: 0 },
     ];
   }
@@ -179,12 +202,12 @@ function panelsOfRun() {
   return panels;
 }
 
-// Return whether the scores were put on another scale before they were trained on.
-function isScaled() {
-  const { score, reward, kl } = run.curve;
-  return reward.some((left, i) => {
-    return left !== null && Math.abs(left + run.kl_coef * kl[i] - score[i]) > 0.01;
-  });
+// Return the mean scores before and after; what was trained on another scale has no place here.
+function measuredScores() {
+  if (!run.results || run.is_scaled) return null;
+  const { base, trained } = run.results;
+  byId("measured-dots").hidden = false;
+  return { xs: [0, run.step], ys: [base.train_prompts.score, trained.train_prompts.score] };
 }
 
 // Return what was measured on held-out rows: before, at some steps, and after.
@@ -208,16 +231,27 @@ function svg(name, attributes, text) {
   return element;
 }
 
-// Return some round numbers between two.
-function ticksBetween(least, most, count = 3) {
-  const rough = (most - least) / count || 1;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const unit = [1, 2, 5, 10].find((factor) => factor * power >= rough) * power;
-  const ticks = [];
-  for (let tick = Math.ceil(least / unit) * unit; tick <= most + unit / 1e6; tick += unit) {
-    ticks.push(Number(tick.toPrecision(6)));
+// Return round numbers between two, as few as there can be but so many at least.
+function ticksBetween(least, most, wanted) {
+  const power = Math.floor(Math.log10(most - least));
+  let ticks = [];
+  for (const factor of [10, 5, 2, 1, 0.5, 0.2, 0.1]) {
+    const unit = factor * 10 ** power;
+    const first = Math.ceil(least / unit - 1e-6);
+    const last = Math.floor(most / unit + 1e-6);
+    const multiples = Array.from({ length: last - first + 1 }, (_, i) => (first + i) * unit);
+    ticks = multiples.map((tick) => Number(tick.toPrecision(12)));
+    if (ticks.length >= wanted) break;
   }
   return ticks;
+}
+
+// Return a number in as few signs as it takes.
+function brief(number, digits = 12) {
+  const size = Math.abs(number);
+  const rounded = Number(number.toPrecision(digits));
+  const text = size && (size >= 1e7 || size < 1e-4) ? rounded.toExponential() : String(rounded);
+  return text.replaceAll("-", "−").replace("e+", "e");
 }
 
 function widthOfCurve() {
@@ -239,52 +273,54 @@ function drawCurve() {
   curve.setAttribute("height", height);
   curve.setAttribute("aria-label", describeCurve(panels));
 
+  // It stands behind the dots of its step.
+  const mark = svg("line", { id: "mark", class: "selected", y1: PANEL_TOP, y2: height - 26 });
+  curve.append(mark);
   let top = 0;
   for (const panel of panels) {
     drawPanel(curve, panel, top + PANEL_TOP, width);
     top += PANEL_TOP + panel.height;
   }
-  for (const step of ticksBetween(0, run.step, 6)) {
+  for (const step of ticksBetween(0, run.step, 4)) {
     if (!Number.isInteger(step)) continue;
     const x = placeOfStep(step);
-    const anchor = x > width - 30 ? "end" : "middle";
-    curve.append(svg("text", { x, y: top + 18, "text-anchor": anchor }, whole(step)));
+    const label = whole(step);
+    const anchor = x + 4 * label.length > width ? "end" : "middle";
+    curve.append(svg("text", { x, y: top + 18, "text-anchor": anchor }, label));
   }
   curve.append(svg("text", { x: 0, y: top + 18 }, "step"));
-  curve.append(svg("line", { id: "mark", class: "selected", y1: PANEL_TOP, y2: top + 4 }));
   markStep();
 }
 
 function describeCurve(panels) {
-  const told = [];
+  const changes = [];
   for (const series of panels.flatMap((panel) => panel.series)) {
     const known = series.ys.filter((y) => y !== null);
-    if (known.length) told.push(`${series.name} from ${plain(known[0])} to ${plain(known.at(-1))}`);
+    const [first, last] = [known[0], known.at(-1)];
+    if (known.length) changes.push(`${series.name} from ${plain(first)} to ${plain(last)}`);
   }
-  return `Over the steps: ${told.join(", ")}`;
+  return `Over the steps: ${changes.join(", ")}`;
 }
 
 function drawPanel(curve, panel, top, width) {
+  drawNames(curve, panel, top);
   const all = panel.series.flatMap((series) => [...series.ys, ...(series.dots || [])]);
+  all.push(...(panel.measured?.ys ?? []));
   const known = all.filter((y) => y !== null && y !== undefined);
+  if (!known.length) return;
   const least = Math.min(panel.least ?? Infinity, ...known);
-  const most = Math.max(...known, least + 1e-9);
+  const span = Math.max(...known) - least;
+  // A flat curve gets some height.
+  const most = least + Math.max(span, Math.max(Math.abs(least), 1) * (span ? 1e-9 : 0.01));
   const bottom = top + panel.height - 14;
   const toY = (y) => bottom - ((bottom - top - 8) * (y - least)) / (most - least);
 
-  for (const tick of ticksBetween(least, most)) {
+  for (const tick of ticksBetween(least, most, panel.height > 150 ? 3 : 2)) {
     const y = toY(tick);
     curve.append(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y, y2: y }));
     const place = { x: LEFT - 6, y: y + 4, "text-anchor": "end" };
-    curve.append(svg("text", place, String(tick).replace("-", "−")));
+    curve.append(svg("text", place, brief(tick)));
   }
-  let left = LEFT;
-  for (const series of panel.series) {
-    const label = svg("text", { x: left, y: top - 9, class: `name ${series.look}` }, series.name);
-    curve.append(label);
-    left += label.getComputedTextLength() + 18;
-  }
-
   const lines = panel.series.map((series) => pointsOf(series.xs, series.ys, toY));
   if (panel.gap) {
     const around = [...lines[0], ...lines[1].toReversed()];
@@ -297,6 +333,26 @@ function drawPanel(curve, panel, top, width) {
       curve.append(svg("circle", { class: look, cx: x, cy: y, r: series.full ? 3.5 : 2 }));
     }
     curve.append(svg("polyline", { class: `line ${series.look}`, points: lines[place].join(" ") }));
+  });
+  const { xs, ys } = panel.measured ?? { xs: [], ys: [] };
+  for (const [x, y] of pointsOf(xs, ys, toY)) {
+    curve.append(svg("circle", { class: "dot more full", cx: x, cy: y, r: 4.5 }));
+  }
+}
+
+function drawNames(curve, panel, top) {
+  const labels = panel.series.map((series) => {
+    return svg("text", { y: top - 9, class: `name ${series.look}` }, series.name);
+  });
+  curve.append(...labels);
+  const widths = labels.map((label) => label.getComputedTextLength() + 14);
+  const total = widths.reduce((sum, width) => sum + width, 0);
+
+  // On a phone there may be no room for them but above the axis too.
+  let left = Math.max(Math.min(LEFT, widthOfCurve() - total + 14), 0);
+  labels.forEach((label, place) => {
+    label.setAttribute("x", left);
+    left += widths[place];
   });
 }
 
@@ -327,13 +383,18 @@ function markStep() {
   mark.setAttribute("x2", x);
 }
 
+// Return the place of the step that is kept and nearest to a number.
+function nearestPlace(number) {
+  const distances = run.steps.map((step) => Math.abs(step.step - number));
+  return distances.indexOf(Math.min(...distances));
+}
+
 // Show another step, with the response open that scores best.
 function showStep(place) {
   shown.place = place;
   const step = currentStep();
   const slider = byId("slider");
-  slider.value = place;
-  slider.setAttribute("aria-valuetext", `step ${step.step} of ${run.step}`);
+  slider.setAttribute("aria-valuetext", `step ${step.step} of ${run.total_steps}`);
   shown.opened = sortedBy([...step.responses], "score", true)[0] ?? null;
   markStep();
   showFiguresOfStep(step);
@@ -341,15 +402,20 @@ function showStep(place) {
 }
 
 function showFiguresOfStep(step) {
-  const parts = [make("b", {}, `Step ${whole(step.step)}`), " of ", whole(run.step), ": score "];
-  parts.push(make("b", { class: "more-text" }, signed(step.score)));
-  if (step.success_rate !== null) parts.push(`, ${percent(step.success_rate, 0)} success`);
   const price = step.kl === null ? null : step.kl_coef * step.kl;
-  parts.push(`; KL ${plain(step.kl)} nats, which cost ${plain(price)}`);
-  const scaled = step.reward === null ? null : step.reward + price;
-  parts.push(isScaled() ? `; as trained on the score is ${signed(scaled)}, and ` : "; ");
-  parts.push(make("b", { class: "less-text" }, signed(step.reward)), " left.");
-  byId("figures-of-step").replaceChildren(...parts);
+  // Blue is what the curve shows.
+  const plotted = make("b", { class: "more-text" }, signed(step.scaled));
+  const score = run.is_scaled ? [signed(step.score), ", as trained on ", plotted] : [plotted];
+  byId("figures-of-step").replaceChildren(
+    make("b", {}, `Step ${whole(step.step)}`),
+    ` of ${whole(run.total_steps)}: score `,
+    ...score,
+    inSuccess(step.success_rate),
+    `; KL ${plain(step.kl)} nats, which cost ${plain(price)}; `,
+    make("b", { class: "less-text" }, signed(step.reward)),
+    " left. ",
+    make("span", { class: "count" }, meanOfStep(step)),
+  );
 
   const title = `What it said in step ${whole(step.step)}`;
   const fewer = step.responses.length < step.count;
@@ -357,17 +423,39 @@ function showFiguresOfStep(step) {
   byId("step-title").textContent = title + (fewer ? counts : "");
 }
 
+function inSuccess(rate) {
+  return rate === null ? "" : `, ${percent(rate, 0)} success`;
+}
+
+// Return the figures that the screen has at this step.
+function meanOfStep(step) {
+  const figures = signed(step.mean_score) + inSuccess(step.mean_success_rate);
+  return `The mean of the last 100 responses: ${figures}.`;
+}
+
 function showWhichSteps() {
-  const numbers = run.steps.map((step) => step.step);
+  const numbers = run.steps.map((step) => whole(step.step));
+  const sentences = [];
   if (numbers.length < run.step) {
-    const few = numbers.slice(0, 3).map(whole).join(", ");
-    byId("which-steps").textContent =
-      `Of ${whole(run.step)} steps, ${numbers.length} are kept here, an even choice: ${few} …` +
-      ` ${whole(numbers.at(-1))}. The responses of all steps are in samples.jsonl.`;
+    const many = `${numbers.slice(0, 3).join(", ")} … ${numbers.at(-1)}`;
+    const which = numbers.length > 4 ? many : numbers.join(", ");
+    sentences.push(`Of ${whole(run.step)} steps, ${numbers.length} are kept here: ${which}.`);
   }
-  byId("mark-help").textContent = run.is_rule
-    ? "Marked are the words that count."
-    : "Marked is the token that earned most, where one earned something.";
+  if (run.last_step_with_samples < run.step) {
+    const last = whole(run.last_step_with_samples);
+    sentences.push(`In samples.jsonl those after step ${last} are missing.`);
+  } else if (sentences.length) {
+    sentences.push("The responses of all steps are in samples.jsonl.");
+  }
+  byId("which-steps").textContent = sentences.join(" ");
+  byId("mark-help").textContent = whatIsMarked();
+}
+
+function whatIsMarked() {
+  if (run.is_rule) return "Marked are the words that count; one is enough.";
+  if (!run.score_prefixes) return "";
+  const most = run.scored_places ? "are the tokens" : "is the token";
+  return `Marked ${most} that earned most, where any earned something.`;
 }
 
 function sortedBy(rows, name, descending) {
@@ -491,11 +579,14 @@ function fullColour(name) {
 function tokenPanel(response) {
   const panel = byId("token-panel").content.cloneNode(true).firstElementChild;
   const line = panel.querySelector(".tokens");
+  const count = response.tokens.text.length;
+  panel.classList.toggle("long", count > 60);
   response.tokens.text.forEach((text, place) => {
+    if (place > 0 && run.scored_places?.includes(place)) line.append(make("i", { class: "asked" }));
     const token = make("button", { type: "button", class: "token" });
     // A token without a space before it goes on with the word, so it stands closer.
     token.classList.toggle("joined", place > 0 && /^\S/.test(text));
-    token.append(tokenText(text, place === response.tokens.text.length - 1));
+    token.append(tokenText(text, place === count - 1));
     token.append(make("span", { class: "figure" }));
     token.addEventListener("focus", () => chooseToken(panel, response, place));
     token.addEventListener("pointerenter", () => chooseToken(panel, response, place));
@@ -512,18 +603,62 @@ function tokenPanel(response) {
     });
     if ("sums" in row.dataset) {
       const numbers = quantityOf(response.tokens, row.dataset.quantity);
-      const sum = numbers.includes(null) ? null : numbers.reduce((a, b) => a + b, 0);
-      row.querySelector(".sum").textContent = exact(sum);
+      row.querySelector(".sum").textContent = exact(sumOf(numbers));
     }
   }
-  panel.querySelector(".sum-help").textContent =
-    "The KLs of the tokens add up to the KL of the response, and what they earned to " +
-    (run.score_prefixes
-      ? "how much its score, as trained on, is above that of an empty response."
-      : "its score, as trained on: the last token gets it all.");
+  panel.querySelector(".asked-help").textContent = whereAsked(count);
+  panel.querySelector(".earned-help").textContent = whatEarned(response);
+  panel.querySelector(".score-help").textContent = SCORE_EARNED[scoring()];
   colourTokens(panel, response);
-  chooseToken(panel, response, bestToken(response));
+  if (count) chooseToken(panel, response, bestToken(response));
   return panel;
+}
+
+// Return how often a response is scored: after each token, after some, or as a whole.
+function scoring() {
+  if (!run.score_prefixes) return "whole";
+  return run.scored_places ? "some" : "each";
+}
+
+const SCORE_EARNED = {
+  each: "What the token added to the score of the text so far.",
+  some: "What the tokens up to this one, since the thin line before, added to the score.",
+  whole: "The last token gets the whole score.",
+};
+
+// Say where the score of a response of so many tokens was asked.
+function whereAsked(count) {
+  if (!run.scored_places) return "";
+  const inside = run.scored_places.filter((place) => place > 0 && place < count).length;
+  if (!inside) return "The score was asked at the end alone: the last token earned it all.";
+  const places = inside === 1 ? "1 place, the thin line" : `${inside} places, the thin lines`;
+  return (
+    `The score was asked at ${places}, and at the end: the last token before each earned what ` +
+    "the tokens since the one before added."
+  );
+}
+
+// Say with the numbers of a response how what its tokens earned is its score.
+function whatEarned(response) {
+  const earned = sumOf(response.tokens.score);
+  if (earned === null || response.score === null) return "";
+  const scores = `the response scores ${signed(response.score)}`;
+  if (scoring() === "whole") {
+    const scaled = run.is_scaled ? `, which is ${signed(earned)} as trained on` : "";
+    return `T${scores.slice(1)}${scaled}; the last token gets it all.`;
+  }
+  if (run.is_scaled) {
+    return (
+      `The tokens earned ${signed(earned)}: so much more than an empty text the response is ` +
+      `worth, as trained on. T${scores.slice(1)}.`
+    );
+  }
+  const empty = signed(response.score - earned);
+  return `An empty text scores ${empty}; the tokens added ${signed(earned)}; ${scores}.`;
+}
+
+function sumOf(numbers) {
+  return numbers.includes(null) ? null : numbers.reduce((sum, number) => sum + number, 0);
 }
 
 // Return a token's text as it can be seen: some have none of their own.
@@ -535,7 +670,7 @@ function tokenText(text, isLast) {
 }
 
 function bestToken(response) {
-  const scores = response.tokens.score;
+  const scores = response.tokens.score.map((score) => score ?? -Infinity);
   return scores.indexOf(Math.max(...scores));
 }
 
@@ -550,8 +685,8 @@ function colourTokens(panel, response) {
     token.style.setProperty("--strength", `${Math.round(80 * strength)}%`);
     token.querySelector(".figure").textContent = signed(number);
   });
-  panel.querySelector(".least").textContent = signed(-full);
-  panel.querySelector(".most").textContent = signed(full);
+  panel.querySelector(".least").textContent = `≤ ${signed(-full)}`;
+  panel.querySelector(".most").textContent = `≥ ${signed(full)}`;
   for (const row of panel.querySelectorAll("[data-quantity]")) {
     row.classList.toggle("chosen", row.dataset.quantity === shown.quantity);
   }
@@ -572,7 +707,7 @@ function chooseToken(panel, response, place) {
 }
 
 function moveByKey(event, line) {
-  const tokens = [...line.children];
+  const tokens = [...line.querySelectorAll(".token")];
   const place = tokens.indexOf(document.activeElement);
   const places = {
     ArrowRight: place + 1,
@@ -693,19 +828,33 @@ function watchSteps() {
   const slider = byId("slider");
   if (!run.steps.length) {
     byId("step").remove();
+    byId("slider-help").remove();
     slider.parentElement.remove();
     return;
   }
-  slider.max = run.steps.length - 1;
-  slider.addEventListener("input", () => showStep(Number(slider.value)));
+  slider.max = run.step;
+  slider.addEventListener("input", () => showStep(nearestPlace(Number(slider.value))));
+  slider.addEventListener("change", settleSlider);
   byId("curve").addEventListener("click", (event) => {
     const x = event.clientX - byId("curve").getBoundingClientRect().left;
-    const distances = run.steps.map((step) => Math.abs(placeOfStep(step.step) - x));
-    showStep(distances.indexOf(Math.min(...distances)));
+    const span = placeOfStep(run.step) - placeOfStep(0);
+    showStep(nearestPlace((run.step * (x - placeOfStep(0))) / span));
+    settleSlider();
   });
   makeSortable(byId("responses"), shown, showResponses);
   showWhichSteps();
   showStep(run.steps.length - 1);
+  settleSlider();
+}
+
+// Put the slider on the step that is shown; a move too small for another step goes to the next.
+function settleSlider() {
+  const slider = byId("slider");
+  const moved = Math.sign(Number(slider.value) - currentStep().step);
+  const next = shown.place + moved;
+  if (moved && shown.place === shown.settled && run.steps[next]) showStep(next);
+  shown.settled = shown.place;
+  slider.value = currentStep().step;
 }
 
 showHeader();

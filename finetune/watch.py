@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import SettingsError
+from finetune.errors import SettingsError, shorten, telling_text
 from finetune.pages import page_content
 from finetune.run_files import read_run
 
@@ -43,42 +43,47 @@ def main(argv: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{folder / 'watch.html'} can't be written: {error.strerror}", file=sys.stderr)
+        path = Path(error.filename or folder / "watch.html")
+        print(f"{path} can't be used: {error.strerror}", file=sys.stderr)
         return 1
     size = path.stat().st_size / 1000
     print(f"{path}, {size:,.0f} kB: open it in a browser")
     return 0
 
 
-def write_page(folder: Path, new: Path | None = None) -> Path:
-    """Write watch.html, and return its path.
+def write_page(folder: Path) -> Path:
+    """Write watch.html into the folder of a run; return its path.
 
-    folder: of a run. new: where results are that have not moved there yet; then the page
-    is written there, to move with them. Raises SettingsError where there is no run.
+    Raises SettingsError where there is no run.
     """
-    page = make_page(folder, new)
-    path = (new or folder) / "watch.html"
-    # Whoever opens the page meanwhile gets the old one or the new one, whole.
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
+    page = make_page(folder)
+    path = folder / "watch.html"
+    # Whoever opens the page meanwhile gets the old one or the new one, whole; and others may
+    # be making it too.
+    unfinished = folder / f"watch.{os.getpid()}.unfinished"
+    try:
+        unfinished.write_text(page, encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return path
 
 
-def add_page(folder: Path, new: Path) -> None:
-    """Write the page of a run that ends, see write_page; a file that was spoiled costs it alone."""
+def add_page(folder: Path) -> None:
+    """Write the page of a run that has ended, see write_page; whatever fails costs it alone."""
     try:
-        write_page(folder, new)
-    except SettingsError as error:
-        print(f"There is no watch.html, for {error}", flush=True)
+        write_page(folder)
+    except Exception as error:
+        reason = shorten(telling_text(error), 200)
+        print(f"There is no new watch.html ({reason})", flush=True)
 
 
-def make_page(folder: Path, new: Path | None = None) -> str:
+def make_page(folder: Path) -> str:
     """Return the page of a run as HTML, of at most LARGEST_PAGE bytes; see write_page."""
-    parts = Path(__file__).parent
-    style = (parts / "watch.css").read_text(encoding="utf-8")
-    script = (parts / "watch.js").read_text(encoding="utf-8")
-    template = (parts / "watch.html").read_text(encoding="utf-8")
+    sources = Path(__file__).parent
+    style = (sources / "watch.css").read_text(encoding="utf-8")
+    script = (sources / "watch.js").read_text(encoding="utf-8")
+    template = (sources / "watch.html").read_text(encoding="utf-8")
 
     # Nothing is fetched, and nothing runs but this script: the browser sees to that.
     allowed = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -86,9 +91,7 @@ def make_page(folder: Path, new: Path | None = None) -> str:
     pieces = {"ALLOWED": allowed, "STYLE": style, "SCRIPT": script, "CONTENT": ""}
     room = LARGEST_PAGE - len(filled(template, pieces).encode())
 
-    content = page_content(
-        read_run(folder, new), room, size=lambda value: len(to_json(value).encode())
-    )
+    content = page_content(read_run(folder), room, size_of)
     pieces["CONTENT"] = to_json(content)
     return filled(template, pieces)
 
@@ -110,6 +113,11 @@ def to_json(value: Any) -> str:
     for character, escaped in ESCAPED.items():
         text = text.replace(character, escaped)
     return text
+
+
+def size_of(value: Any) -> int:
+    """Return how many bytes a value takes on the page."""
+    return len(to_json(value).encode())
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ WITHOUT_SPACES = (
     "TIBETAN",
 )
 
+APOSTROPHES = {"'", "\u2019"}
+
 
 def has_word(text: str, words: list[str], before: str = "") -> bool:
     """Return whether one of the words is in a text, as a whole word, in any case.
@@ -93,10 +95,18 @@ def is_apart(before: str, word: str, after: str) -> bool:
 
 def whole_words(text: str) -> str:
     """Return a text without the letters at its end, of a word that more of them may belong to."""
-    end = len(text)
-    while is_letter(text[end - 1 : end]):
+    # A letter of which a token is lacking is decoded as this sign.
+    end = len(text.rstrip("\ufffd"))
+    while is_letter(text[end - 1 : end]) or is_apostrophe(text, end - 1):
         end -= 1
     return text[:end]
+
+
+def is_apostrophe(text: str, place: int) -> bool:
+    """Return whether an apostrophe stands at a place, behind a letter: as in don't."""
+    character = text[place : place + 1]
+    before = text[place - 1 : place]
+    return character in APOSTROPHES and is_letter(before)
 
 
 def is_letter(character: str) -> bool:

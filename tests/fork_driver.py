@@ -14,6 +14,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from contextlib import contextmanager, suppress
@@ -178,6 +179,10 @@ def import_all():
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     for name in [*SCRIPTS, *READY_MADE]:
         importlib.import_module(name)
+
+    # The lock of tqdm is a semaphore else, which from Python 3.14 on is missed, in a line of stderr,
+    # where a process ends without all that an exit does, as the children do.
+    sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
 
 
 def look_after(children, child):

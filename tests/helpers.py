@@ -68,16 +68,20 @@ def evaluate(built, queries, responses):
     return [(logprobs[where], value[where]) for logprobs, value, where in rows]
 
 
-def write_run(folder, steps, batch_size=10, texts=(" so", " happy", "."), total=None, **settings):
+def write_run(
+    folder, steps, batch_size=10, texts=(" so", " happy", "."), total=None, places=None, **settings
+):
     """Write what a run of train_rlhf.py leaves after so many steps: no model, no report.
 
     texts: of the tokens of each response, the second of which earns 2. settings: others than those
-    that a page needs.
+    that a page needs. places: after how many tokens the score was asked; None = after each.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = {"model_name": "demo_model", "reward": "positive_word_reward", "seed": 0}
     known |= {"positive_words": ["happy"], "kl_coef": 0.1, "score_prefixes": True}
+    known |= {"max_new_tokens": len(texts)}
     run = {"script": "train_rlhf", "total_steps": total or steps, "settings": known | settings}
+    run["scored_places"] = places or [*range(len(texts))]
     (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
     metrics, samples = [], []
     for step in range(1, steps + 1):

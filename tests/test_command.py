@@ -367,10 +367,15 @@ def test_the_script_and_the_folder_run_wherever_they_are(run_script, script, dem
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
 def test_a_closed_terminal_and_a_warning_scheduler_stop_a_run_as_sigterm_does(name):
     number = getattr(signal, name)
-    with pytest.raises(Stopped) as error, command.stop_on_signal(after_step=True) as stop:
-        signal.raise_signal(number)
-        assert stop.requested == number
-    assert error.value.args == (number,)
+    # The tests themselves may have been started by nohup.
+    handler = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(Stopped) as error, command.stop_on_signal(after_step=True) as stop:
+            signal.raise_signal(number)
+            assert stop.requested == number
+        assert error.value.args == (number,)
+    finally:
+        signal.signal(number, handler)
 
 
 def test_where_nohup_lets_a_closed_terminal_be_ignored_it_is():

@@ -24,12 +24,13 @@ SCRIPTS = ["train_rlhf", "train_sft", "train_reward_model", "make_instructions"]
 ORDER = [  # of the files in finetune/: each imports only from those before it
     *("errors", "words", "guests", "processes", "settings", "hub", "checks", "command"),
     *("hub_data", "fields", "files", "messages", "dialogues", "data", "prompts"),
-    *("examples", "comparisons", "seed_tasks", "functions", "tokens", "chat", "labels"),
+    *("examples", "comparisons", "seed_tasks", "functions", "tokens", "chat", "labels", "figures"),
     *("judged", "logits", "models", "saving", "loading", "scale", "beginnings", "classifiers"),
-    "scorers",
-    *("checkpoint", "trackers", "progress", "output", "sampling", "batches", "rates", "supervised"),
+    *("scorers", "checkpoint", "trackers", "progress", "output", "sampling", "batches"),
+    "supervised",
     *("held_out", "heads", "writer", "self_instruct", "answers"),
-    *("run_files", "pages", "watch", "measurement", "samples", "shown", "summary", "evaluation"),
+    *("run_files", "curves", "pages", "watch", "measurement", "samples", "shown"),
+    *("summary", "evaluation"),
 ]
 PATHS = {name: ROOT / f"{name}.py" for name in SCRIPTS}
 PATHS |= {f"finetune.{name}": ROOT / "finetune" / f"{name}.py" for name in ORDER}
@@ -181,6 +182,7 @@ OF_PPO = {  # what knows of PPO in finetune/, and why
     "finetune.summary": "it tells the same in Markdown",
     "finetune.evaluation": "it measures the policy before and after",
     "finetune.samples": "it writes what a step of PPO did with each token",
+    "finetune.curves": "it draws the KL of a policy",
     "finetune.pages": "it shows that, and the KL of a policy",
 }
 NAMED = {"finetune.command": {"ppo"}}  # it names classes of TRL to silence what they say
@@ -346,16 +348,24 @@ def test_the_script_requires_what_requirements_txt_does(metadata):
     assert len(given) == len(wanted) > 10
 
 
-def test_the_script_requires_the_python_that_it_was_tried_with(metadata):
-    """That of the README, which these tests run on, and no other."""
+def test_the_script_requires_the_pythons_that_it_was_tried_with(metadata):
+    """Those of the README, each with a whole run of these tests, and no other."""
     versions = SpecifierSet(metadata["requires-python"])
-    (told,) = re.findall(r"You need Python (\d+\.\d+)", (ROOT / "README.md").read_text())
-    running = "{}.{}.{}".format(*sys.version_info)
-    assert running in versions
-    assert running.startswith(f"{told}.")
-    major, minor = map(int, told.split("."))
-    assert f"{major}.{minor - 1}.99" not in versions
-    assert f"{major}.{minor + 1}.0" not in versions
+    assert "{}.{}.{}".format(*sys.version_info) in versions
+
+    readme, troubleshooting, runs = (
+        (ROOT / name).read_text(encoding="utf-8")
+        for name in ("README.md", "docs/troubleshooting.md", "benchmarks/pythons.md")
+    )
+    (told,) = re.findall(r"You need Python 3\.(\d+) to 3\.(\d+)", readme)
+    assert re.findall(r"You need Python 3\.(\d+) to 3\.(\d+)", troubleshooting) == [told]
+
+    first, last = map(int, told)
+    for minor in range(first, last + 1):
+        assert f"3.{minor}.0" in versions and f"3.{minor}.99" in versions
+        assert re.search(rf"^\| 3\.{minor}\.\d+ \| \d+ \| \d+ \| \d+ \|", runs, flags=re.M)
+    assert f"3.{first - 1}.99" not in versions
+    assert f"3.{last + 1}.0" not in versions
 
 
 def test_the_licence_is_the_whole_apache_licence():

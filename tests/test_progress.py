@@ -76,6 +76,22 @@ def read_lines(path):
 
 
 # ------------------------------------------------------------------------- the progress
+def test_run_json_is_whole_whenever_a_run_is_killed(show, open_log, tmp_path, monkeypatch):
+    show(False)
+    path = tmp_path / "trained_model" / "run.json"
+    with open_log([]):
+        before = path.read_text()
+    assert json.loads(before)["scored_places"] is None
+
+    def kill(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress.os, "replace", kill)
+    with pytest.raises(KeyboardInterrupt), open_log([], total=9):
+        pass
+    assert path.read_text() == before
+
+
 def test_a_terminal_gets_one_live_bar(show, open_log):
     out, err = show(True)
     with open_log([]) as log:

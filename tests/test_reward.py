@@ -226,7 +226,14 @@ def test_a_token_earns_what_it_adds_to_the_score_and_all_is_asked_in_one_call(
         return positive_word_reward([row["prompt"] for row in rows], texts)
 
     scores, token_scores = score_responses(
-        scorer, Scale(), Letters(), rows, ids_of(prompts), ids_of(texts), score_prefixes
+        scorer,
+        Scale(),
+        Letters(),
+        rows,
+        ids_of(prompts),
+        ids_of(texts),
+        score_prefixes,
+        [*range(9)],
     )
     assert scores == [1.0, -1.0, -1.0, -1.0]
     assert [earned.tolist() for earned in token_scores] == expected
@@ -249,13 +256,23 @@ def test_what_tokens_earn_is_on_the_scale_and_the_scores_are_as_they_were_given(
         return [given[text] for text in texts]
 
     scores, token_scores = score_responses(
-        scorer, scale, Letters(), rows, queries, responses, score_prefixes
+        scorer, scale, Letters(), rows, queries, responses, score_prefixes, [*range(9)]
     )
     assert scores == [12.0, 6.0]
     empty, a, ab, c = (math.asinh(x) if graded else x for x in (-0.5, 2.5, 0.5, -1.0))
     wanted = [[a - empty, ab - a], [c - empty]] if score_prefixes else [[0.0, ab], [c]]
     for earned, numbers in zip(token_scores, wanted):
         assert earned.tolist() == pytest.approx(numbers)
+
+
+def score_every(stride, text, scorer):
+    """Return the score of a text, and what its letters earn by beginnings so many apart."""
+    rows, queries, responses = [{"prompt": "I"}], ids_of("I"), ids_of([text])
+    places = [*range(0, 99, stride)]
+    (score,), (earned,) = score_responses(
+        scorer, Scale(), Letters(), rows, queries, responses, True, places
+    )
+    return score, earned
 
 
 @pytest.mark.parametrize("stride", [2, 3, 5, 50])
@@ -267,9 +284,7 @@ def test_of_beginnings_some_are_asked_evenly_without_half_words_and_the_last_of_
         asked.extend(texts)
         return [len(text) / 10 for text in texts]
 
-    (score,), (earned,) = score_responses(
-        scorer, Scale(), Letters(), [{"prompt": "I"}], ids_of("I"), ids_of([text]), True, stride
-    )
+    score, earned = score_every(stride, text, scorer)
     whole = [train_rlhf.whole_words(text[:end]) for end in range(0, len(text), stride)]
     assert asked == [*whole, text]
     assert all(beginning.strip(" ") in ("", "glad", "glad to", "glad to be", "glad to be of")
@@ -308,10 +323,7 @@ def test_whatever_beginnings_are_asked_the_expected_gradient_is_that_of_the_whol
         return all_scores.setdefault(text, torch.randn(()).item())
 
     def to_go(text):
-        _, (earned,) = score_responses(
-            lambda rows, texts: [score(text) for text in texts],
-            *(Scale(), Letters(), [{"prompt": "I"}], ids_of("I"), ids_of([text]), True, stride),
-        )
+        _, earned = score_every(stride, text, lambda rows, texts: [*map(score, texts)])
         return earned.flip(0).cumsum(0).flip(0).tolist()
 
     shaped = expected_gradient(logits, to_go)
@@ -321,18 +333,15 @@ def test_whatever_beginnings_are_asked_the_expected_gradient_is_that_of_the_whol
 
 
 @pytest.mark.parametrize(
-    ("max_new_tokens", "max_prefixes", "in_one_pass", "stride"),
-    [(10, 20, False, 1), (20, 20, False, 1), (21, 20, False, 2), (120, 20, False, 6),
-     (120, 0, False, 1), (120, 20, True, 1), (7, 1, False, 7)],
+    ("max_new_tokens", "max_prefixes", "in_one_pass", "places"),
+    [(4, 20, False, [0, 1, 2, 3]), (4, 4, False, [0, 1, 2, 3]), (8, 4, False, [0, 2, 4, 6]),
+     (9, 4, False, [0, 2, 4, 6]), (7, 3, False, [0, 2, 4]), (5, 0, False, [0, 1, 2, 3, 4]),
+     (5, 2, True, [0, 1, 2, 3, 4]), (7, 1, False, [0])],
 )  # fmt: skip
-def test_at_most_max_prefixes_beginnings_are_asked(
-    max_new_tokens, max_prefixes, in_one_pass, stride
-):
+def test_max_prefixes_beginnings_are_scored(max_new_tokens, max_prefixes, in_one_pass, places):
     settings = SimpleNamespace(max_new_tokens=max_new_tokens, max_prefixes=max_prefixes)
     scorer = SimpleNamespace(reads_beginnings=in_one_pass)
-    assert train_rlhf.stride_of(settings, scorer) == stride
-    if max_prefixes and not in_one_pass:
-        assert math.ceil(max_new_tokens / stride) <= max_prefixes
+    assert train_rlhf.scored_places(settings, scorer) == places
 
 
 # -------------------------------------------------- before anything is touched

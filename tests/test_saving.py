@@ -42,10 +42,12 @@ def test_a_model_computes_as_the_one_that_is_saved_and_afterwards_as_before(
             return model(**inputs).logits.float()
 
     before = logits_of(policy)
-    with as_saved(policy):
-        measured = logits_of(policy)
+    with as_saved(policy, tmp_path):
+        first = logits_of(policy)
         with policy.disable_adapter():
             base = logits_of(policy)
+        measured = logits_of(policy)
+    assert torch.equal(measured, first)
     for name, weight in policy.named_parameters():
         assert torch.equal(weight, weights[name]), name
     assert torch.equal(logits_of(policy), before)

@@ -1,6 +1,5 @@
 """The two stages before PPO on two processes: what one process does, and written once."""
 
-import json
 import signal
 import sys
 from types import SimpleNamespace
@@ -9,7 +8,14 @@ import pytest
 from helpers import read_metrics
 from safetensors.torch import load_file
 from test_examples import write
-from test_processes import about, free_port, variables
+from test_processes import (
+    about,
+    check_success,
+    end_as_launched,
+    free_port,
+    read_report,
+    variables,
+)
 from test_stages import examples_of
 from torch.testing import assert_close
 
@@ -28,10 +34,7 @@ FLAGS_OF = {"train_sft": ["--max-new-tokens", "3"], "train_reward_model": []}
 
 @pytest.fixture(scope="module", params=FLAGS_OF)
 def run(request, start_script, demo_model, tmp_path_factory):
-    """Do a run of one of the scripts on so many processes; return how each of them ended.
-
-    As a launcher does, it ends the others where the main one has failed.
-    """
+    """Do a run of one of the scripts on so many processes; return how each of them ended."""
     data = tmp_path_factory.mktemp(request.param) / "rows.json"
     write(data, examples_of(request.param))
     flags = ["--model-name", str(demo_model), "--data", str(data), *FLAGS]
@@ -45,12 +48,7 @@ def run(request, start_script, demo_model, tmp_path_factory):
             own["script"] = request.param
             children.append(start_script(folder, *flags, *FLAGS_OF[request.param], *more, **own))
 
-        main, *others = children
-        ended = [main.end()]
-        for other in others:
-            if ended[0].status:
-                other.send_signal(signal.SIGTERM)
-            ended.append(other.end())
+        ended = end_as_launched(children)
         return SimpleNamespace(out=folder / "out", ended=ended, name=request.param)
 
     return run_all
@@ -66,16 +64,6 @@ def one(run, tmp_path_factory):
 def two(run, tmp_path_factory):
     """Return the end of the same run of two processes."""
     return check_success(run(2, tmp_path_factory.mktemp("two")))
-
-
-def check_success(result):
-    for ended in result.ended:
-        assert (ended.status, ended.stderr) == (0, "")
-    return result
-
-
-def read_report(out):
-    return json.loads((out / "report.json").read_text())
 
 
 def check_same_run(result, wanted, steps=STEPS):

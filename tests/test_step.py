@@ -308,7 +308,7 @@ def test_approx_kl_foretells_how_far_a_step_moves(
     for number in range(8):
         responses, _ = roll_out(built, queries, key=(0, number, 0))
         _, token_scores = train_rlhf.score_responses(
-            scorer, scale, built.tokenizer, rows, queries, responses, score_prefixes=True
+            scorer, scale, built.tokenizer, rows, queries, responses, True, [*range(99)]
         )
         batch = trainer.make_batch(queries, responses, token_scores)
         before = logprobs_of(batch)

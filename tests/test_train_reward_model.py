@@ -56,7 +56,8 @@ def test_the_margin_of_each_comparison_and_their_loss(demo_model):
     glad, one, long, end = scores_alone(model, tokenizer, TEXTS)
     with torch.no_grad():
         margins, scores = margins_of(model, batch, model.dtype)
-        loss = ComparisonTrainer.compute_loss(SimpleNamespace(model=model), model, batch).item()
+        trainer = SimpleNamespace(model=model)
+        loss = ComparisonTrainer.compute_loss(trainer, model, batch).item()
     wanted = [glad - long, -one, end - glad, long]
     assert margins.tolist() == pytest.approx(wanted, abs=1e-4)
     in_order = [glad, long, one, end, glad, long]
@@ -159,7 +160,7 @@ def test_a_few_comparisons_prove_nothing(monkeypatch, count, learned):
     monkeypatch.setattr(train_reward_model, "describe_run", lambda *parts: {})
     trained = figures_of(",".join(f"{row} 1.0 0.0" for row in range(count)))
     assert (trained["accuracy"], trained["standard_error"]) == (1.0, 0.0)
-    stage = SimpleNamespace(model=None, settings=None, learning_rate=1e-3)
+    stage = SimpleNamespace(model=None, settings=None)
     assert make_report(stage, None, trained, trained)["learned"] is learned
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import read_metrics, refusals
+from helpers import read_metrics, read_rows, refusals
 from peft import PeftModel
 from test_examples import right_padded, turns, write
 from test_labels import NO_END
@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import train_sft
 from finetune.data import read_data
+from finetune.errors import RunError
 from finetune.examples import EXAMPLES
 from finetune.labels import tokenize_data
 
@@ -245,6 +246,22 @@ def test_the_screen_tells_what_is_left_out_and_not_used(teach, gpt2):
 
 SMALL = ["--batch-size", 8, "--max-new-tokens", 2, "--max-length", 64]
 UPDATES = [*SMALL, "--training-epochs", 1, "--learning-rate", 1e-2]
+
+
+def test_what_is_learned_of_examples_can_be_watched_while_the_run_goes_on(
+    demo_model, tmp_path, monkeypatch
+):
+    """The page shows it, and is made of a run that was stopped too."""
+
+    def stop(stage):
+        raise RunError("stopped")
+
+    monkeypatch.setattr(train_sft, "fit", stop)
+    flags = ["--model-name", demo_model, "--data", write(tmp_path / "rows.json", ROWS)]
+    flags += ["--output-dir", tmp_path / "out", *FLAGS]
+    assert train_sft.main([*map(str, flags)]) == 1
+    rows = read_rows(tmp_path / "out" / "learned.jsonl")
+    assert {row["held_out"] for row in rows} == {True, False}
 
 
 def test_a_run_that_learns_nothing_says_so(teach, gpt2):

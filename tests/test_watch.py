@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +18,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from finetune import pages, samples, shown, watch
-from finetune.held_out import Judged
 from finetune.labels import Learned
+from finetune.progress import recent, write_lines
+from finetune.run_files import read_run
 from finetune.tokens import load_tokenizer, texts_of
 from finetune.words import has_word, word_spans
 
@@ -128,6 +128,26 @@ def test_numbers_that_are_not_finite_are_null():
     assert samples.rounded(numbers) == [1.235, None, None, 0.0]
 
 
+def test_in_all_files_of_lines_such_numbers_are_null(tmp_path):
+    row = {"a": math.nan, "b": {"c": [math.inf, 1.5, 2]}, "d": None, "e": "nan"}
+    write_lines(tmp_path / "rows.jsonl", [row])
+    wanted = {"a": None, "b": {"c": [None, 1.5, 2]}, "d": None, "e": "nan"}
+    assert read_rows(tmp_path / "rows.jsonl") == [wanted]
+
+
+def test_an_empty_response_has_no_tokens():
+    tokenizer = load_tokenizer(ROOT / "demo_model")
+    query = torch.tensor(tokenizer("I am")["input_ids"])
+    assert samples.token_texts(tokenizer, query, query[:0]) == []
+
+
+def test_other_processes_leave_the_tokens_to_the_main_one(monkeypatch):
+    monkeypatch.setattr(samples, "is_main_process", lambda: False)
+    rows = [{}]
+    samples.add_tokens(rows, None, None, None)
+    assert rows == [{}]
+
+
 # ------------------------------------------------------------------ the texts of tokens
 @pytest.mark.parametrize("text", [" so happy 😀 행복, naïve 日本", "🙂🙃", "\n\n a\tb", ""])
 @pytest.mark.parametrize("name", ["demo_model", "gpt2"])
@@ -186,6 +206,8 @@ def test_the_page_of_a_run(trained):
         json.loads((trained / "report.json").read_text()),
     )
     assert [step["step"] for step in content["steps"]] == [*range(1, 9)]
+    assert json.loads((trained / "run.json").read_text())["scored_places"] == [*range(8)]
+    assert content["scored_places"] is None and content["score_prefixes"]
     responses = [response for step in content["steps"] for response in step["responses"]]
     assert [response["tokens"] for response in responses] == [row["tokens"] for row in rows]
     assert (
@@ -238,7 +260,8 @@ def test_what_is_no_run_s_folder_is_told_in_a_line(tmp_path):
     ):
         status, stdout, stderr = command(path)
         assert (status, stdout) == (2, "")
-        assert stderr == f"{path} {problem}: name OUTPUT_DIR of a run\n"
+        remedy = "name OUTPUT_DIR of a run, or wait until its first step is done"
+        assert stderr == f"{path} {problem}: {remedy}\n"
 
 
 def test_before_the_first_step_there_is_nothing_to_watch(tmp_path, capsys):
@@ -264,6 +287,9 @@ def test_of_a_run_that_goes_on_the_line_that_is_being_written_is_left_out(tmp_pa
     for name in ("metrics.jsonl", "samples.jsonl"):
         path = folder / name
         path.write_text(path.read_text()[:-40])
+    # It may end within a letter.
+    lines = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "samples.jsonl").write_bytes(b"".join([*lines[:-1], b'{"prompt": "\xed\x96']))
     content = page_content(watch.write_page(folder))
     assert (content["step"], content["total_steps"], content["results"]) == (4, 9, None)
     # The samples of a step are written before its metrics.
@@ -278,6 +304,20 @@ def test_the_report_of_an_earlier_end_says_nothing_of_a_run_that_went_on(tmp_pat
     assert page_content(watch.write_page(folder))["results"] is None
     (folder / "report.json").write_text(json.dumps(report | {"samples": 50}))
     assert page_content(watch.write_page(folder))["results"] is not None
+
+
+def test_the_comparisons_of_an_earlier_end_are_not_shown_either(tmp_path):
+    folder = write_run(tmp_path, 3, total=9)
+    run = json.loads((folder / "run.json").read_text()) | {"script": "train_reward_model"}
+    (folder / "run.json").write_text(json.dumps(run))
+    line = {"better": "a", "better_score": 1.0, "worse": "b", "worse_score": math.nan}
+    (folder / "compared.jsonl").write_text(json.dumps(line) + "\n")
+    report = {"samples": 20, "device": "CPU", "learned": True, "base": {}, "trained": {}}
+    (folder / "report.json").write_text(json.dumps(report))
+    assert page_content(watch.write_page(folder))["comparisons"] == []
+    (folder / "report.json").write_text(json.dumps(report | {"samples": 30}))
+    (row,) = page_content(watch.write_page(folder))["comparisons"]
+    assert row["worse_score"] is None
 
 
 def test_figures_that_are_not_finite_are_no_hindrance(tmp_path):
@@ -313,10 +353,32 @@ def test_a_file_that_was_spoiled_costs_a_run_its_page_and_nothing_else(
     capsys.readouterr()
     assert call_main(*flags, "--training-epochs", "2", "--resume") == 0
     out, err = capsys.readouterr()
-    told = "There is no watch.html, for trained_model/samples.jsonl, line 1, can't be read ("
+    told = "There is no new watch.html (trained_model/samples.jsonl, line 1, can't be read ("
     assert told in out and err == ""
     assert json.loads((folder / "report.json").read_text())["samples"] == 12
     assert not (folder / "watch.html").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file", "watch.css"), KeyError("x")]
+)
+def test_whatever_fails_costs_a_run_its_page_and_nothing_else(
+    call_main, demo_model, tmp_path, capsys, monkeypatch, error
+):
+    folder = tmp_path / "trained_model"
+
+    def fail(path):
+        # The results have moved: nothing can be lost any more.
+        assert json.loads((folder / "report.json").read_text())["samples"] == 8
+        assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+        raise error
+
+    monkeypatch.setattr(watch, "make_page", fail)
+    flags = ["--model-name", demo_model, "--device", "cpu", "--batch-size", "4"]
+    flags += ["--eval-samples", "4", "--eval-prompts", "--max-new-tokens", "4"]
+    assert call_main(*flags, "--training-epochs", "1") == 0
+    out, err = capsys.readouterr()
+    assert out.count("There is no new watch.html (") == 1 and err == ""
 
 
 def test_a_disk_that_is_full_is_told_in_a_line(tmp_path, monkeypatch, capsys):
@@ -327,8 +389,24 @@ def test_a_disk_that_is_full_is_told_in_a_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Path, "write_text", fail)
     assert watch.main([str(folder)]) == 1
-    told = f"{folder}/watch.html can't be written: No space left on device\n"
+    told = f"{folder}/watch.html can't be used: No space left on device\n"
     assert capsys.readouterr().err == told
+
+
+def test_a_file_that_is_lacking_is_the_one_that_is_named(tmp_path, monkeypatch, capsys):
+    folder = write_run(tmp_path, 2)
+    monkeypatch.setattr(watch, "__file__", str(tmp_path / "elsewhere" / "watch.py"))
+    assert watch.main([str(folder)]) == 1
+    told = f"{tmp_path}/elsewhere/watch.css can't be used: No such file or directory\n"
+    assert capsys.readouterr().err == told
+
+
+def test_several_may_make_a_page_at_once(tmp_path):
+    folder = write_run(tmp_path, 30)
+    line = [sys.executable, "-m", "finetune.watch", str(folder)]
+    runs = [subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(4)]
+    assert [run.communicate()[1] for run in runs] == [b""] * 4
+    assert not [*folder.glob("*.unfinished")]
 
 
 LONG = [" 행복" * 3, " happy", *(["<&>\u2028"] * 8)]
@@ -360,19 +438,19 @@ def test_no_page_is_larger_than_two_megabytes(tmp_path, steps, options):
     assert curve["step"][0] == 1 and curve["step"][-1] == steps
     assert len(curve["step"]) <= pages.POINTS + 1
     if steps <= pages.POINTS:
-        assert curve["score"] == [1.0] * steps
+        assert curve["scaled"] == [1.0] * steps
 
 
 def test_texts_can_t_end_the_element_that_they_are_in(tmp_path):
     texts = ["</script>", "<script>alert(1)</script>", "<!--", " \"'&amp;\u2028", "{{SCRIPT}}"]
-    folder = write_run(tmp_path, 2, texts=texts, model_name="</title><b>{{STYLE}}")
+    folder = write_run(tmp_path, 2, texts=texts, model_name="<script><b>{{STYLE}}")
     path = watch.write_page(folder)
     page = path.read_text(encoding="utf-8")
     assert page.count("</script>") == 2 and page.count("<script") == 2
     assert "<!--" not in page.partition('id="content">')[2].partition("</script>")[0]
     content = page_content(path)
     assert content["steps"][0]["responses"][0]["response"] == "".join(texts)
-    assert content["model"] == "</title><b>{{STYLE}}"
+    assert content["model"] == "<script><b>{{STYLE}}"
 
 
 def test_nothing_but_what_is_in_the_page_is_allowed_there(tmp_path):
@@ -414,7 +492,92 @@ def test_where_there_are_no_words_the_token_is_marked_that_earned_most(tmp_path)
     response = page_content(watch.write_page(folder))["steps"][0]["responses"][0]
     assert response["marks"] == [[4, 9]]
     assert response["response"][4:9] == "happy"
-    assert pages.best_token({"score": [-1.0, None, 0.0], "text": ["a", "b", "c"]}) == []
+
+
+@pytest.mark.parametrize(
+    ("scores", "places", "marked"),
+    [
+        ([0.0, 0.5, 0.0, 2.0], [0, 1, 2, 3], ["d"]),
+        ([0.0, 0.5, 0.0, 2.0], [0, 2], ["c d"]),
+        ([0.0, 3.0, 0.0, 2.0], [0, 2], ["a b"]),
+        ([0.0, 0.0, 0.0, 2.0], [0], ["a b c d"]),
+        ([-1.0, None, 0.0, 0.0], [0, 1, 2, 3], []),
+        ([], [0], []),
+    ],
+)
+def test_marked_is_what_was_scored_together(tmp_path, scores, places, marked):
+    """With MAX_PREFIXES the last token earns what those since the place before it added."""
+    texts = [" a", " b", " c", " d"][: len(scores)]
+    folder = write_run(tmp_path, 1, texts=[" a", " b", " c", " d"], places=places, reward="r.py:f")
+    tokens = {"text": texts, "score": scores}
+    marks = pages.best_tokens(tokens, read_run(folder))
+    assert ["".join(texts)[first:last] for first, last in marks] == marked
+    content = page_content(watch.write_page(folder))
+    assert content["scored_places"] == (None if len(places) == 4 else places)
+
+
+def test_where_only_whole_responses_are_scored_no_token_is_marked(tmp_path):
+    folder = write_run(tmp_path, 1, reward="rewards.py:few_words", score_prefixes=False)
+    assert page_content(watch.write_page(folder))["steps"][0]["responses"][0]["marks"] == []
+
+
+def test_a_run_tells_after_how_many_tokens_the_score_was_asked(call_main, demo_model, tmp_path):
+    flags = ["--model-name", demo_model, "--device", "cpu", "--batch-size", "4"]
+    flags += ["--eval-samples", "4", "--eval-prompts", "--max-new-tokens", "8"]
+    flags += ["--training-epochs", "0.5", "--output-dir"]
+    for name, more, places in (
+        ("some", ["--max-prefixes", "2"], [0, 4]),
+        ("none", ["--no-score-prefixes"], None),
+    ):
+        assert call_main(*flags, name, *more) == 0
+        run = json.loads((tmp_path / name / "run.json").read_text())
+        assert run["scored_places"] == places
+        content = page_content(tmp_path / name / "watch.html")
+        assert content["scored_places"] == places
+
+
+# ------------------------------------------------------------------------ what is told
+def test_the_mean_is_that_of_the_screen_whatever_the_batch(tmp_path):
+    folder = write_run(tmp_path, 9, batch_size=30)
+    metrics = read_rows(folder / "metrics.jsonl")
+    for record in metrics:
+        record["score"] = record["step"] ** 2 / 81
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    for step in page_content(watch.write_page(folder))["steps"]:
+        screen = recent(metrics[: step["step"]], "score")
+        assert step["mean_score"] == pytest.approx(screen, rel=1e-3)
+
+
+def test_only_scores_on_another_scale_are_told_as_such(tmp_path):
+    folder = write_run(tmp_path, 3)
+    metrics = read_rows(folder / "metrics.jsonl")
+    for factor, is_scaled in ((1.0, False), (2.0, True)):
+        for record in metrics:
+            record |= {"score": 7477.938, "reward": factor * 7477.938 - 0.1 * record["kl"]}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+        content = page_content(watch.write_page(folder))
+        assert content["is_scaled"] is is_scaled
+        assert content["steps"][0]["score"] == 7477.938
+
+
+def test_the_title_is_the_last_name_of_any_path(tmp_path):
+    for name in ("C:\\models\\tiny\\", "/home/tiny", "org/tiny", "tiny", "x" * 90 + "/tiny/"):
+        folder = write_run(tmp_path, 1, model_name=name)
+        assert page_content(watch.write_page(folder))["model"] == "tiny"
+
+
+def test_a_mark_at_the_very_end_of_a_text_is_kept():
+    text = "x" * 395 + " glad"
+    shown_text = pages.marked_text(text, [(396, 400)])
+    assert shown_text == {"response": text, "marks": [(396, 400)]}
+    assert pages.marked_text(text + "!", [(396, 400)])["marks"] == []
+
+
+def test_samples_that_are_lacking_are_told(tmp_path):
+    folder = write_run(tmp_path, 9)
+    path = folder / "samples.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:50]))
+    assert page_content(watch.write_page(folder))["last_step_with_samples"] == 5
 
 
 # ---------------------------------------------------------------- the stages before PPO
@@ -441,20 +604,13 @@ def test_of_a_long_example_the_end_is_shown_where_the_answer_is(demo_model, tmp_
 
 
 def test_of_many_comparisons_an_even_choice_is_scored_and_written(tmp_path):
-    @dataclass(frozen=True)
-    class HeldOut:
-        examples: list
-
-        def judge(self, examples):
-            scores = [[float(len(text)) for text in example["texts"]] for example in examples]
-            return Judged([0.0] * len(examples), scores)
-
     pairs = [{"texts": ("a" * n, "b"), "signs": (1.0, -1.0)} for n in range(1, 500)]
     labelled = [{"texts": ("bad",), "signs": (-1.0,)}]
     path = tmp_path / "compared.jsonl"
-    shown.write_compared(HeldOut(pairs), path)
+    lengths = [[float(len(text)) for text in pair["texts"]] for pair in pairs]
+    shown.write_compared(pairs, lengths, path)
     rows = read_rows(path)
     assert [row["better_score"] for row in rows] == [*range(1, 500, 3)]
-    shown.write_compared(HeldOut(labelled), path)
+    shown.write_compared(labelled, [[3.0]], path)
     wanted = {"better": None, "better_score": None, "worse": "bad", "worse_score": 3.0}
     assert read_rows(path) == [wanted]

@@ -12,6 +12,7 @@ import pytest
 from helpers import page_content, read_metrics, read_rows, write_run
 
 from finetune import watch
+from finetune.progress import recent
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,7 +22,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-DESKTOP, PHONE = (1100, 900), (375, 800)
+DESKTOP, PHONE, SMALL_PHONE = (1100, 900), (375, 800), (320, 640)
 HOSTILE = [
     "</script><script>window.ran = 1</script>",
     "<img src=x onerror='window.ran = 2'>",
@@ -56,7 +57,7 @@ def look(browser):
     def start(path, size=DESKTOP, scheme="light"):
         width, height = size
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1}
-        metrics["mobile"] = size == PHONE
+        metrics["mobile"] = size != DESKTOP
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
@@ -98,10 +99,10 @@ def number_in(text):
     return float(text.replace("\u2212", "-"))
 
 
-def set_slider(browser, place):
+def set_slider(browser, step):
     """Move the slider as its thumb does."""
     code = "const slider = document.getElementById('slider'); slider.value = arguments[0];"
-    browser.execute_script(code + "slider.dispatchEvent(new Event('input'));", place)
+    browser.execute_script(code + "slider.dispatchEvent(new Event('input'));", step)
 
 
 def press(browser, *keys):
@@ -133,7 +134,7 @@ def test_the_slider_changes_the_table_and_the_mark(look, trained):
     rows = read_rows(trained / "samples.jsonl")
     places = []
     for step in (1, 8, 15):
-        set_slider(browser, step - 1)
+        set_slider(browser, step)
         wanted = [row for row in rows if row["step"] == step]
         shown = texts_of(browser, "#responses .opener > span")
         assert sorted(shown) == sorted(row["prompt"] + row["response"] for row in wanted)
@@ -143,6 +144,10 @@ def test_the_slider_changes_the_table_and_the_mark(look, trained):
             f"Step {step} of 15: score {record['score']:+.2f}".replace("-", "\u2212")
         )
         assert f"KL {record['kl']:.2f} nats" in told
+        # The screen has means, and so has the end of the line.
+        screen = recent(read_metrics(trained)[:step], "score")
+        mean = f"The mean of the last 100 responses: {screen:+.2f}, ".replace("-", "\u2212")
+        assert mean in told
         mark = browser.find_element(By.ID, "mark")
         places.append(float(mark.get_attribute("x1")))
     assert places == sorted(set(places))
@@ -157,7 +162,7 @@ def test_the_slider_changes_the_table_and_the_mark(look, trained):
 
 def test_the_table_is_sorted_by_its_heads(look, trained):
     browser = look(trained / "watch.html")
-    set_slider(browser, 10)
+    set_slider(browser, 11)
     for name, column in (("kl", 3), ("score", 2)):
         head = browser.find_element(By.CSS_SELECTOR, f"#responses th[data-sort={name}]")
         for order, reverse in (("descending", True), ("ascending", False)):
@@ -170,7 +175,7 @@ def test_the_table_is_sorted_by_its_heads(look, trained):
 
 def test_the_numbers_of_tokens_are_those_of_samples_jsonl_and_sum_to_metrics_jsonl(look, trained):
     browser = look(trained / "watch.html")
-    set_slider(browser, 12)
+    set_slider(browser, 13)
     rows = [row for row in read_rows(trained / "samples.jsonl") if row["step"] == 13]
     record = read_metrics(trained)[12]
     kls = []
@@ -324,16 +329,17 @@ def test_all_can_be_read_in_light_and_dark(look, trained, scheme):
             assert contrast(behind, colour) >= 4.5, (behind, colour)
 
 
+@pytest.mark.parametrize("size", [PHONE, SMALL_PHONE], ids=["phone", "small"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_phone_nothing_goes_beyond_the_edge(look, trained, scheme):
-    browser = look(trained / "watch.html", PHONE, scheme)
-    for place in (0, 7, 14):
-        set_slider(browser, place)
+def test_on_a_phone_nothing_goes_beyond_the_edge(look, trained, scheme, size):
+    browser = look(trained / "watch.html", size, scheme)
+    for step in (1, 8, 15):
+        set_slider(browser, step)
         widths = "return [document.documentElement.scrollWidth, window.innerWidth]"
-        assert browser.execute_script(widths) == [375, 375]
+        assert browser.execute_script(widths) == [size[0], size[0]]
     edges = "return [...document.querySelectorAll('td, th, .token')].map("
     edges += "(element) => element.getBoundingClientRect().right)"
-    assert max(browser.execute_script(edges)) <= 375
+    assert max(browser.execute_script(edges)) <= size[0]
 
 
 def test_long_words_and_prompts_stay_on_a_phone(look, tmp_path):
@@ -357,7 +363,7 @@ def test_a_page_of_12_000_samples_is_there_within_two_seconds(look, large):
     assert time.perf_counter() - begin < 1
     kept = len(page_content(large)["steps"])
     (told,) = texts_of(browser, "#which-steps")
-    assert told.startswith(f"Of 1,200 steps, {kept} are kept here, an even choice: 1, ")
+    assert told.startswith(f"Of 1,200 steps, {kept} are kept here: 1, ")
 
 
 # ------------------------------------------------------------------- other runs
@@ -368,6 +374,201 @@ def test_a_run_that_goes_on_has_no_after_yet(look, tmp_path):
     assert texts_of(browser, "#headline") == []
     assert not browser.find_element(By.ID, "measured").is_displayed()
     assert len(texts_of(browser, ".opener")) == 10
+    assert texts_of(browser, "#figures-of-step")[0].startswith("Step 4 of 9: ")
+
+
+def change_metrics(folder, **figures):
+    """Change figures of all steps of a run that was written."""
+    metrics = [record | figures for record in read_rows(folder / "metrics.jsonl")]
+    lines = [json.dumps(record) + "\n" for record in metrics]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"kl": None, "reward": None, "score": None},
+        {"reward": 1e16, "score": 1e16, "kl": 0.0},
+        {"reward": 5e6, "score": 5e6, "kl": 0.0},
+        {"reward": 1e-7, "score": 1e-7, "kl": 1e-5},
+    ],
+)
+def test_whatever_the_figures_are_the_page_is_there_at_once(look, tmp_path, figures):
+    """Ticks were once added up, for ever where there is nothing between them."""
+    folder = write_run(tmp_path, 3)
+    change_metrics(folder, **figures)
+    path = watch.write_page(folder)
+    begin = time.perf_counter()
+    browser = look(path)
+    assert len(texts_of(browser, ".opener")) == 10
+    assert time.perf_counter() - begin < 3
+    labels = texts_of(browser, "#curve text[text-anchor=end]")
+    assert len(labels) == len({*labels}) and "NaN" not in "".join(labels)
+    if figures["kl"] is None:
+        assert "score" in texts_of(browser, "#curve .name")
+    else:
+        assert len(labels) >= 4
+
+
+def test_a_stage_that_is_not_measured_yet_has_a_page(look, tmp_path):
+    folder = write_run(tmp_path, 3, total=9)
+    run = json.loads((folder / "run.json").read_text()) | {"script": "train_reward_model"}
+    (folder / "run.json").write_text(json.dumps(run))
+    change_metrics(folder, loss=0.5, eval_loss=None, eval_accuracy=None)
+    browser = look(watch.write_page(folder))
+    names = ["loss in training", "held-out loss", "held-out accuracy"]
+    assert texts_of(browser, "#curve .name") == names
+    assert not browser.find_element(By.ID, "comparisons").is_displayed()
+
+
+def test_each_axis_has_labels_within_the_picture(look, trained):
+    browser = look(trained / "watch.html", SMALL_PHONE)
+    lefts = "return [...document.querySelectorAll('#curve text')].map("
+    lefts += "(text) => text.getBoundingClientRect().left - "
+    lefts += "document.getElementById('curve').getBoundingClientRect().left)"
+    assert min(browser.execute_script(lefts)) >= 0
+    heights = browser.execute_script(
+        "return [...document.querySelectorAll('#curve .grid')].map((line) => line.getAttribute('y1'))"
+    )
+    above = [height for height in heights if float(height) < 200]
+    assert len(above) >= 3 and len(heights) - len(above) >= 2
+
+
+def test_the_slider_stands_below_the_mark_and_goes_to_steps_that_are_kept(look, large):
+    browser = look(large)
+    kept = [step["step"] for step in page_content(large)["steps"]]
+    slider = browser.find_element(By.ID, "slider")
+    titles = []
+    for key in (Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.ARROW_RIGHT, Keys.HOME, Keys.END):
+        slider.send_keys(key)
+        (title,) = texts_of(browser, "#step-title")
+        titles.append(int(title.rpartition(" ")[2].replace(",", "")))
+        assert slider.get_property("value") == str(titles[-1])
+    assert titles == [kept[-2], kept[-3], kept[-2], kept[0], kept[-1]]
+    set_slider(browser, kept[5] + 1)
+    width, left = slider.rect["width"], slider.rect["x"]
+    thumb = left + 8 + (width - 16) * kept[5] / kept[-1]
+    mark = browser.find_element(By.ID, "mark").rect["x"]
+    assert mark == pytest.approx(thumb, abs=2)
+
+
+def test_where_only_some_beginnings_are_scored_that_is_told_and_marked(look, tmp_path):
+    texts = [" a", " b", " happy", " c", "."]
+    folder = write_run(tmp_path, 1, texts=texts, places=[0, 1], reward="rewards.py:f")
+    rows = read_rows(folder / "samples.jsonl")
+    for row in rows:
+        row["tokens"]["score"] = [0.0, 0.0, 0.0, 0.0, 2.0]
+        row["score"] = 1.0
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    browser = look(watch.write_page(folder))
+    assert texts_of(browser, ".said mark") == ["b happy c."] * 10
+    (told,) = texts_of(browser, ".asked-help")
+    assert told.startswith("The score was asked at 1 place, the thin line, and at the end: ")
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".token:nth-child(1) + .asked")) == 1
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".asked")) == 1
+    (told,) = texts_of(browser, ".earned-help")
+    assert (
+        told
+        == "An empty text scores \u22121.00; the tokens added +2.00; the response scores +1.00."
+    )
+    assert "the text so far" not in texts_of(browser, "[data-quantity=score]")[0]
+    # The arrow keys pass over the thin line.
+    press_on(browser, ".token", Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert texts_of(browser, ".which") == ["happy"]
+
+
+def press_on(browser, selector, *keys):
+    """Press keys where the first of these elements has the focus."""
+    browser.execute_script("arguments[0].focus()", browser.find_element(By.CSS_SELECTOR, selector))
+    press(browser, *keys)
+
+
+def test_where_only_whole_responses_are_scored_none_is_marked(look, tmp_path):
+    folder = write_run(tmp_path, 1, reward="rewards.py:f", score_prefixes=False)
+    browser = look(watch.write_page(folder))
+    assert texts_of(browser, ".said mark") == []
+    (told,) = texts_of(browser, ".earned-help")
+    assert told == "The response scores +0.90; the last token gets it all."
+    assert texts_of(browser, "#mark-help") == [""]
+
+
+def test_a_score_that_is_none_is_no_hindrance(look, tmp_path):
+    folder = write_run(tmp_path, 1)
+    rows = read_rows(folder / "samples.jsonl")
+    for row in rows:
+        row["tokens"]["score"] = [-1.0, None, -0.5]
+    rows[-1]["tokens"] = {name: [] for name in rows[-1]["tokens"]}
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    browser = look(watch.write_page(folder))
+    assert texts_of(browser, ".token") == []  # an empty response has no tokens
+    browser.find_elements(By.CSS_SELECTOR, ".opener")[1].click()
+    assert texts_of(browser, ".which") == ["."]
+
+
+def test_scores_on_another_scale_are_told_with_it(look, tmp_path):
+    folder = write_run(tmp_path, 2, reward="rewards.py:f")
+    change_metrics(folder, score=7477.938, success_rate=None, reward=0.9)
+    figures = {"score": 7000.0, "success_rate": None, "kl": 0.5}
+    scale = {"mean": 6540.04, "deviation": 943.013, "threshold": None, "accuracy": None}
+    report = {"samples": 20, "device": "CPU", "learned": True, "scale": scale}
+    report |= {"base": {"train_prompts": figures}, "trained": {"train_prompts": figures}}
+    (folder / "report.json").write_text(json.dumps(report))
+    path = watch.write_page(folder)
+    browser = look(path, SMALL_PHONE)
+    rights = "return [...document.querySelectorAll('#curve text')].map("
+    rights += "(text) => text.getBoundingClientRect().right)"
+    curve = browser.find_element(By.ID, "curve").rect
+    assert max(browser.execute_script(rights)) <= curve["x"] + curve["width"]
+    (told,) = texts_of(browser, "#scale")
+    assert ": 6540 counts as 0, 943 points are about 1, and " in told
+    (told,) = texts_of(browser, "#figures-of-step")
+    assert "score +7477.94, as trained on +" in told
+    (blue,) = texts_of(browser, "#figures-of-step .more-text")
+    assert number_in(blue) < 2
+
+
+def test_the_words_that_count_are_folded_away(look, trained):
+    browser = look(trained / "watch.html")
+    (summary,) = texts_of(browser, "#rule summary")
+    words = json.loads((trained / "run.json").read_text())["settings"]["positive_words"]
+    told = f"A response scores +1 if it has one of {len(words)} words, else \u22121."
+    assert summary == told
+    words_shown = browser.find_element(By.CSS_SELECTOR, "#rule p")
+    assert not words_shown.is_displayed()
+    browser.find_element(By.CSS_SELECTOR, "#rule summary").click()
+    assert words_shown.text == f"One is enough: {', '.join(words)}"
+
+
+def test_what_is_lacking_in_samples_jsonl_is_told(look, tmp_path):
+    folder = write_run(tmp_path, 9)
+    path = folder / "samples.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:30]))
+    browser = look(watch.write_page(folder))
+    (told,) = texts_of(browser, "#which-steps")
+    assert told == (
+        "Of 9 steps, 3 are kept here: 1, 2, 3. In samples.jsonl those after step 3 are missing."
+    )
+    path.unlink()
+    browser = look(watch.write_page(folder))
+    assert browser.find_elements(By.CSS_SELECTOR, "#slider-help, #slider") == []
+
+
+def test_of_many_tokens_the_numbers_stay_in_sight(look, tmp_path):
+    browser = look(watch.write_page(write_run(tmp_path, 1, texts=[" happy"] * 300)))
+    press_on(browser, ".token", Keys.ARROW_RIGHT)
+    (value,) = browser.find_elements(By.CSS_SELECTOR, "[data-quantity=kl] .value")
+    bottom = browser.execute_script("return arguments[0].getBoundingClientRect().bottom", value)
+    assert 0 < bottom < DESKTOP[1]
+
+
+def test_without_javascript_a_page_says_so(browser, large):
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        browser.get(large.as_uri())
+        assert "JavaScript" in browser.find_element(By.TAG_NAME, "body").text
+        assert not browser.find_element(By.ID, "slider").is_displayed()
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
 def test_numbers_that_are_none_are_shown_as_none(look, tmp_path):

@@ -96,6 +96,11 @@ def test_any_of_several_words_will_do():
         ("我今天很开", "我今天很开"),
         ("정말 행복", "정말 "),
         ("cafe\u0301", ""),
+        ("행\ufffd", ""),
+        ("I am hap\ufffd", "I am "),
+        ("I don't", "I "),
+        ("I don\u2019", "I "),
+        ("she said 'ye", "she said '"),
     ],
 )
 def test_what_may_be_half_a_word_is_left_out(text, whole):
