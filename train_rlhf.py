@@ -708,12 +708,15 @@ def statistics_of_piece(
     if not needs_gradient:
         return statistics, ()
 
-    by_kl = differences.sub_(kl[:, None]).mul_(probabilities)
+    # float16 takes what is very small for 0. A power of two changes nothing else.
+    factor = 2.0**10
+    by_kl = differences.sub_(kl[:, None]).mul_(probabilities).mul_(factor)
     (of_kl,) = torch.autograd.grad(logits, states, by_kl, retain_graph=True)
     by_logprobs = probabilities.neg_()
     by_logprobs[torch.arange(len(tokens)), tokens] += 1
-    (of_logprobs,) = torch.autograd.grad(logits, states, by_logprobs)
-    return statistics, (of_logprobs, of_kl)
+    (of_logprobs,) = torch.autograd.grad(logits, states, by_logprobs.mul_(factor))
+    gradients = (of_logprobs, of_kl)
+    return statistics, tuple(part.to(kl.dtype).div_(factor) for part in gradients)
 
 
 def expectation(probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -1215,8 +1218,8 @@ def set_learning_rate(
 
     # None stands for one too large to be a number.
     approx_kl = metrics[-1]["approx_kl"]
-    factor = 0.0 if approx_kl is None else math.sqrt(target / max(approx_kl, 1e-12))
-    factor = min(max(factor, 1 / limit), limit)
+    factor = 2.0**10
+    factor = 2.0**10
 
     # Where nothing can be learned the rate would grow without end.
     highest = 100 * settings.learning_rate

@@ -16,9 +16,9 @@ from train_rlhf import InPieces, token_statistics
 BATCH, LENGTH, WIDTH, VOCABULARY = 3, 5, 8, 37
 
 
-def make_head(dtype=torch.float32, bias=True, **options):
+def make_head(dtype=torch.float32, bias=True, vocabulary=VOCABULARY, **options):
     torch.manual_seed(0)
-    layer = torch.nn.Linear(WIDTH, VOCABULARY, bias=bias, dtype=dtype).requires_grad_(False)
+    layer = torch.nn.Linear(WIDTH, vocabulary, bias=bias, dtype=dtype).requires_grad_(False)
     return OutputHead(layer, **{"temperature": 1.0, **options})
 
 
@@ -108,6 +108,21 @@ def test_in_16_bits_it_is_as_near_as_they_are():
         assert gradient.dtype == torch.bfloat16
     for ours, wanted in zip(*results):
         torch.testing.assert_close(ours, wanted, atol=1e-2, rtol=2e-2)
+
+
+def test_small_gradients_are_kept_in_float16():
+    """A KL near 0 has a gradient that float16 would take for 0, before the loss is scaled."""
+    head = make_head(torch.float16, vocabulary=32000)
+    states, _, tokens = random_states(torch.float16)
+    ref_states = states.detach() + 0.002 * torch.randn_like(states)
+    gradients = []
+    for compute in (token_statistics, whole_form):
+        kl = compute(states, ref_states, tokens, head)[2]
+        (gradient,) = torch.autograd.grad((2.0**12 * kl).sum(), states)
+        gradients.append(gradient.float())
+    ours, wanted = gradients
+    assert wanted.abs().max() > 0.1
+    assert (ours - wanted).norm() < 0.01 * wanted.norm()
 
 
 def test_where_nothing_was_learned_the_kl_is_exactly_0():
