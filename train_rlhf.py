@@ -244,7 +244,7 @@ def run(settings: Settings) -> None:
             state = checkpoint.load(progress.count_steps(settings, rows))
             metrics, scale = state["metrics"], Scale(**state["scale"])
         measurement.announce(
-            learner.policy.pretrained_model,
+            learner.policy,
             settings,
             prompts,
             metrics,
@@ -1218,8 +1218,8 @@ def set_learning_rate(
 
     # None stands for one too large to be a number.
     approx_kl = metrics[-1]["approx_kl"]
-    factor = 2.0**10
-    factor = 2.0**10
+    factor = 0.0 if approx_kl is None else math.sqrt(target / max(approx_kl, 1e-12))
+    factor = min(max(factor, 1 / limit), limit)
 
     # Where nothing can be learned the rate would grow without end.
     highest = 100 * settings.learning_rate

@@ -35,7 +35,7 @@ class Measured(NamedTuple):
 
 # ------------------------------------------------------------------------- during a run
 def announce(
-    model: Any,
+    policy: Any,
     settings: Any,
     prompts: Prompts,
     metrics: Metrics,
@@ -43,9 +43,10 @@ def announce(
 ) -> None:
     """Print what is going to happen.
 
-    model: the base model with its adapter. prompts: those that fit into the model. metrics: of
+    policy: as train_rlhf.py has it. prompts: those that fit into the model. metrics: of
     the steps that are done. scorer: the reward function.
     """
+    model = policy.pretrained_model
     trained, total = model.get_nb_trainable_parameters()
     weight = model.get_input_embeddings().weight
     dtype = str(weight.dtype).removeprefix("torch.")
@@ -61,6 +62,9 @@ def announce(
 
     print(f"Model     {settings.model_name}, {total:,} parameters, {trained:,} of them trained")
     print(f"Device    {device_name(model.device)}, {dtype} weights")
+    if policy.head.layer is None:
+        reason = "the output head is trained, or does not make them alone"
+        print(f"Logits    kept whole, which takes memory: {reason}")
     print(f"Prompts   {len(prompts.rows)} to train on, {held_out}")
     meaning = f": {scorer.meaning}" if scorer.meaning else ""
     print(f"Reward    {settings.reward}{meaning}")

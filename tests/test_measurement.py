@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -356,6 +356,19 @@ def test_the_picture_of_scores_that_are_all_equal_has_no_line_of_the_least_kl(
 
 
 # ----------------------------------------------------------------- what is told at first
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_logits_that_are_kept_whole_are_told(build, make_settings, capsys, is_kept):
+    built = build(make_settings())
+    if is_kept:
+        built.policy.head = replace(built.policy.head, layer=None)
+    prompts = Prompts(
+        [{"prompt": "I am"}], [], "EVAL_PROMPTS", Tally(Counter(), Counter(), Counter())
+    )
+    scorer = SimpleNamespace(text_before=str, meaning=None)
+    measurement.announce(built.policy, built.settings, prompts, [], scorer)
+    assert ("\nLogits    kept whole, " in capsys.readouterr().out) == is_kept
+
+
 @pytest.mark.parametrize(
     ("are_fields_used", "fields"), [(False, "; fields not used: id (5), source (4)"), (True, "")]
 )
@@ -367,12 +380,11 @@ def test_what_is_left_out_and_not_used_is_told_with_the_prompts(
     left_out = Counter({"given twice": 3, "empty": 1, "too long": 0})
     tally = Tally(left_out, Counter({"with a note": 2}), Counter({"id": 5, "source": 4}))
     rows = [{"prompt": f"{number}"} for number in range(6)]
-    model = built.policy.pretrained_model
     for eval_source, share in (("EVAL_PROMPTS", ""), ("EVAL_SHARE", ": EVAL_SHARE 0.1, in place")):
         prompts = Prompts(rows[:4], rows[4:], eval_source, tally)
         text_before = None if are_fields_used else str
         scorer = SimpleNamespace(text_before=text_before, meaning="what it means")
-        measurement.announce(model, built.settings, prompts, [], scorer)
+        measurement.announce(built.policy, built.settings, prompts, [], scorer)
         lines = capsys.readouterr().out.splitlines()
         (line,) = [line for line in lines if line.startswith("Prompts ")]
         assert line.startswith(f"Prompts   4 to train on, 2 held out{share}")

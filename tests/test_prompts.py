@@ -369,7 +369,8 @@ def test_a_share_of_a_file_is_held_out_in_place_of_eval_prompts_and_the_screen_t
         get_input_embeddings=lambda: torch.nn.Embedding(1, 1),
     )
     scorer = SimpleNamespace(text_before=str, meaning=None)
-    measurement.announce(model, settings, found, [], scorer)
+    policy = SimpleNamespace(pretrained_model=model, head=SimpleNamespace(layer=True))
+    measurement.announce(policy, settings, found, [], scorer)
     assert f"\nPrompts   {line}\n" in capsys.readouterr().out
 
 
