@@ -667,18 +667,23 @@ class InPieces(torch.autograd.Function):
         results = [statistics_of_piece(*piece, head, states.requires_grad) for piece in pieces]
         statistics, gradients = zip(*results)
         if states.requires_grad:
-            ctx.save_for_backward(*map(torch.cat, zip(*gradients)))
-        logprobs, ref_logprobs, kl, entropy = map(torch.cat, zip(*statistics))
+            # Of logprobs and of KL, each (rows, width).
+            ctx.save_for_backward(*[torch.cat(parts) for parts in zip(*gradients)])
+        logprobs, ref_logprobs, kl, entropy = [torch.cat(parts) for parts in zip(*statistics)]
         ctx.mark_non_differentiable(ref_logprobs, entropy)
         return logprobs, ref_logprobs, kl, entropy
 
     @staticmethod
     def backward(ctx: Any, *weights: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradient by the states, of how much each of the statistics weighs."""
-        of_logprobs, of_kl = ctx.saved_tensors
-        by_logprobs, _, by_kl, _ = weights
-        gradient = by_logprobs[:, None] * of_logprobs + by_kl[:, None] * of_kl
-        return gradient, None, None, None
+        """Return the gradient of the loss by the states.
+
+        weights: its gradients by the statistics, each (rows,).
+        """
+        logprobs_by_states, kl_by_states = ctx.saved_tensors
+        loss_by_logprobs, _, loss_by_kl, _ = weights
+        loss_by_states = loss_by_logprobs[:, None] * logprobs_by_states
+        loss_by_states += loss_by_kl[:, None] * kl_by_states
+        return loss_by_states, None, None, None
 
 
 def statistics_of_piece(
@@ -692,6 +697,7 @@ def statistics_of_piece(
 
     What is computed in place, by functions that end in _, takes no memory of its own.
     """
+    # The graph that begins here reaches from these states to their logits, and no further.
     with torch.set_grad_enabled(needs_gradient):
         states = states.detach().requires_grad_(needs_gradient)
         logits = head(states)
@@ -708,15 +714,18 @@ def statistics_of_piece(
     if not needs_gradient:
         return statistics, ()
 
-    # float16 takes what is very small for 0. A power of two changes nothing else.
-    factor = 2.0**10
-    by_kl = differences.sub_(kl[:, None]).mul_(probabilities).mul_(factor)
-    (of_kl,) = torch.autograd.grad(logits, states, by_kl, retain_graph=True)
-    by_logprobs = probabilities.neg_()
-    by_logprobs[torch.arange(len(tokens)), tokens] += 1
-    (of_logprobs,) = torch.autograd.grad(logits, states, by_logprobs.mul_(factor))
-    gradients = (of_logprobs, of_kl)
-    return statistics, tuple(part.to(kl.dtype).div_(factor) for part in gradients)
+    # What is below 6e-8 is 0 in float16, and most of these gradients are: so they pass the
+    # head multiplied, and are divided in float32. A power of two rounds nothing.
+    factor = 2.0**6
+    kl_by_logits = differences.sub_(kl[:, None]).mul_(probabilities).mul_(factor)
+    (kl_by_states,) = torch.autograd.grad(logits, states, kl_by_logits, retain_graph=True)
+    # onehot_a - p, in the place of p.
+    logprobs_by_logits = probabilities.neg_()
+    logprobs_by_logits[torch.arange(len(tokens)), tokens] += 1
+    logprobs_by_logits.mul_(factor)
+    (logprobs_by_states,) = torch.autograd.grad(logits, states, logprobs_by_logits)
+    gradients = (logprobs_by_states, kl_by_states)
+    return statistics, tuple(gradient.to(kl.dtype).div_(factor) for gradient in gradients)
 
 
 def expectation(probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -863,11 +872,9 @@ class PolicyPass(NamedTuple):
 class Experience(NamedTuple):
     """What a step learns from: logprobs and values as they were, and how it then went.
 
-    All are (batch, response length), but the states of the base model, (batch, response
-    length, width); they stay the same in all updates of the step.
+    All are (batch, response length), and stay the same in all updates of the step.
     """
 
-    ref_states: torch.Tensor
     logprobs: torch.Tensor
     values: torch.Tensor
     advantages: torch.Tensor
@@ -926,8 +933,8 @@ class ExactKLTrainer(trl.PPOTrainer):
         batch = self.make_batch(queries, responses, token_scores)
 
         # 1. Score and ref pass: the policy that sampled, and the base model.
-        sampling_pass, first_pass = self.score_and_ref_pass(batch)
-        ref_states, values, logprobs, ref_logprobs, kl, _ = sampling_pass
+        figures, all_ref_states, first_pass = self.score_and_ref_pass(batch)
+        values, logprobs, ref_logprobs, kl, _ = figures
 
         # 2. KL and rewards: what a token earns, less the price of its KL.
         kl = kl * batch.mask
@@ -939,8 +946,8 @@ class ExactKLTrainer(trl.PPOTrainer):
         )
 
         # 4. Updates: several passes over the batch, in minibatches.
-        experience = Experience(ref_states, logprobs, values, advantages, returns)
-        updates, skipped_updates = self.take_updates(batch, experience, first_pass)
+        experience = Experience(logprobs, values, advantages, returns)
+        updates, skipped_updates = self.take_updates(batch, experience, all_ref_states, first_pass)
 
         # 5. Metrics: means over the updates, except approx_kl, which is of the whole step.
         means = dict(zip(UPDATE_METRICS, updates.mean(0).tolist()))
@@ -952,8 +959,8 @@ class ExactKLTrainer(trl.PPOTrainer):
             **means,
             "skipped_updates": skipped_updates,
         }
-        figures = (batch.token_scores, kl, values, advantages, logprobs, ref_logprobs)
-        unpadded = [without_padding(tensor, batch.mask) for tensor in figures]
+        columns = (batch.token_scores, kl, values, advantages, logprobs, ref_logprobs)
+        unpadded = [without_padding(tensor, batch.mask) for tensor in columns]
         return metrics, TokenFigures._make(unpadded)
 
     def make_batch(
@@ -971,14 +978,26 @@ class ExactKLTrainer(trl.PPOTrainer):
         return Batch(inputs, tokens, mask, scores)
 
     # -------------------------------------------------------------------- the passes
-    def score_and_ref_pass(self, batch: Batch) -> tuple[PolicyPass, PolicyPass | None]:
-        """Return the pass of the policy that sampled, and the same with its gradient or None.
+    @property
+    def head(self) -> OutputHead:
+        """What makes logits of the policy's states, and of the base model's."""
+        return self.accelerator.unwrap_model(self.model).head
 
-        Where one minibatch is the whole batch, the pass is kept with its gradient: it is
-        that of the first update too.
+    def score_and_ref_pass(
+        self, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor | None, PolicyPass | None]:
+        """Return what the policy that sampled says of the batch, and what updates use again.
+
+        Returns figures (5, batch, response length), those of PolicyPass in its order. Where
+        one minibatch is the whole batch, the third is its pass, with its gradient: it is
+        that of the first update too. Where there are several, the second are the states of
+        the base model, (batch, response length, width), unless they are logits, which would
+        take too much memory.
         """
         is_whole = self.config.mini_batch_size >= len(batch.mask)
-        columns: list[torch.Tensor] = []
+        keeps_states = not is_whole and self.head.layer is not None
+        figures = batch.token_scores.new_zeros(5, *batch.mask.shape)
+        all_ref_states: torch.Tensor | None = None
         order = torch.arange(len(batch.mask), device=batch.mask.device)
         for indices in order.split(self.config.mini_batch_size):
             own_indices = self.own_share(indices)
@@ -987,17 +1006,19 @@ class ExactKLTrainer(trl.PPOTrainer):
             with torch.set_grad_enabled(is_whole):
                 policy_pass = self.policy_pass(minibatch, ref_states)
 
-            # No gradient goes through what this step is measured against.
-            columns = columns or [
-                own.new_zeros(len(batch.mask), *own.shape[1:]) for own in policy_pass
-            ]
-            for column, own in zip(columns, policy_pass):
-                column[own_indices] = own.detach()
+            # The step is measured against these: no gradient goes through them.
+            figures[:, own_indices] = torch.stack(policy_pass[1:]).detach()
+            if keeps_states:
+                if all_ref_states is None:
+                    shape = (len(batch.mask), *ref_states.shape[1:])
+                    all_ref_states = ref_states.new_zeros(shape)
+                all_ref_states[own_indices] = ref_states
 
         # What other processes found is 0 here, so the sum over all processes has it all.
-        reduced = [self.accelerator.reduce(column, "sum") for column in columns]
-        sampling_pass = PolicyPass._make(reduced)
-        return sampling_pass, policy_pass if is_whole else None
+        figures = self.accelerator.reduce(figures, "sum")
+        if all_ref_states is not None:
+            all_ref_states = self.accelerator.reduce(all_ref_states, "sum")
+        return figures, all_ref_states, policy_pass if is_whole else None
 
     def own_share(self, indices: torch.Tensor) -> torch.Tensor:
         """Return the responses that this process takes on: all, where it is the only one."""
@@ -1013,17 +1034,21 @@ class ExactKLTrainer(trl.PPOTrainer):
     def policy_pass(self, batch: Batch, ref_states: torch.Tensor) -> PolicyPass:
         """Return what the policy, as it is now, says of the responses of a minibatch."""
         states, values = self.model(**batch.inputs)
-        head = self.accelerator.unwrap_model(self.model).head
-        statistics = token_statistics(states, ref_states, batch.tokens, head)
+        statistics = token_statistics(states, ref_states, batch.tokens, self.head)
         return PolicyPass(ref_states, values, *statistics)
 
     # ------------------------------------------------------------------- the updates
     def take_updates(
-        self, batch: Batch, experience: Experience, first_pass: PolicyPass | None
+        self,
+        batch: Batch,
+        experience: Experience,
+        all_ref_states: torch.Tensor | None,
+        first_pass: PolicyPass | None,
     ) -> tuple[torch.Tensor, int]:
         """Take PPO_EPOCHS passes over the batch, with an update for each minibatch.
 
-        Returns UPDATE_METRICS of each update, (updates, 5), and how many were skipped.
+        all_ref_states, first_pass: as of score_and_ref_pass. Returns UPDATE_METRICS of each
+        update, (updates, 5), and how many were skipped.
         """
         updates, skipped_updates = [], 0
         order = torch.arange(len(batch.mask), device=batch.mask.device)
@@ -1036,14 +1061,21 @@ class ExactKLTrainer(trl.PPOTrainer):
             for indices in order.split(self.config.mini_batch_size):
                 own_indices = self.own_share(indices)
                 minibatch = batch.minibatch(own_indices)
-                own_experience = experience.minibatch(own_indices)
+                if first_pass is not None:
+                    ref_states = first_pass.ref_states
+                elif all_ref_states is not None:
+                    ref_states = all_ref_states[own_indices]
+                else:
+                    ref_states = self.ref_pass(minibatch.inputs)
+
                 if first_pass is not None and epoch == 0:
                     policy_pass = first_pass
                 else:
-                    policy_pass = self.policy_pass(minibatch, own_experience.ref_states)
+                    policy_pass = self.policy_pass(minibatch, ref_states)
 
                 # Losses are means over tokens: a process counts by its share of them.
                 weight = minibatch.mask.sum() / batch.mask[indices].sum()
+                own_experience = experience.minibatch(own_indices)
                 figures, is_skipped = self.update(minibatch, own_experience, policy_pass, weight)
                 updates.append(figures)
                 skipped_updates += is_skipped
@@ -1139,8 +1171,7 @@ class ExactKLTrainer(trl.PPOTrainer):
                 with torch.no_grad():
                     states, _ = self.accelerator.unwrap_model(self.model)(**batch.inputs)
 
-            head = self.accelerator.unwrap_model(self.model).head
-            statistics = token_statistics(states, ref_states, batch.tokens, head)
+            statistics = token_statistics(states, ref_states, batch.tokens, self.head)
             kls += (statistics.kl * batch.mask).sum(1).tolist()
             ref_logprobs += (statistics.ref_logprobs * batch.mask).sum(1).tolist()
         return kls, ref_logprobs

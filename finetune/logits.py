@@ -25,8 +25,8 @@ class OutputHead:
         """Return logits of at least float32, (…, vocabulary), of states (…, width)."""
         logits = states
         if self.layer is not None:
-            # In its own dtype, as the model does it.
-            logits = self.layer(states)
+            # In its own dtype, as the model does it; accelerate makes float32 of half a state.
+            logits = self.layer(states.to(self.layer.weight.dtype))
             if self.scale != 1:
                 logits = logits * self.scale
             if self.cap is not None:
@@ -42,25 +42,37 @@ def find_head(model: Any, temperature: float) -> OutputHead:
     """
     base = model.get_base_model()
     layer = base.get_output_embeddings()
-    if layer is None or any(weight.requires_grad for weight in layer.parameters()):
+    weight = getattr(layer, "weight", None)
+    if weight is None or any(parameter.requires_grad for parameter in layer.parameters()):
         return OutputHead(None, temperature)
 
-    # Gemma 2 has a cap; Cohere multiplies, Granite divides.
+    # Cohere and Falcon-H1 multiply, Granite divides; Gemma 2 and RecurrentGemma have a cap.
     config = base.config
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    cap = getattr(config, "final_logit_softcapping", None)
-    return OutputHead(layer, temperature, scale, cap)
+    scale = number_in(config, "logit_scale", 1.0)
+    scale *= number_in(config, "lm_head_multiplier", 1.0)
+    scale /= number_in(config, "logits_scaling", 1.0)
+    cap = number_in(config, "final_logit_softcapping", 0.0)
+    cap = cap or number_in(config, "logits_soft_cap", 0.0)
+    return OutputHead(layer, temperature, scale, cap or None)
+
+
+def number_in(config: Any, name: str, default: float) -> float:
+    """Return a number other than 0 that a config has, or the default."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, (int, float)) and value else default
 
 
 @contextmanager
 def inputs_of(layer: Any) -> Iterator[list[torch.Tensor]]:
-    """Keep what a layer gets in this block; the layer itself gets the first place of each row."""
+    """Keep what a layer gets in this block.
+
+    A model can't go without logits, so it makes those of one place, which nobody reads.
+    """
     kept: list[torch.Tensor] = []
 
     def keep(module: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         kept.append(arguments[0])
-        return (arguments[0][:, :1],)
+        return (arguments[0][:1, :1],)
 
     handle = layer.register_forward_pre_hook(keep)
     try:

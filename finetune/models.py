@@ -188,20 +188,43 @@ def head_is_whole(
     wrapped, unsplit: the model with a value head, as train_rlhf.py has it, with that head
     and without.
     """
-    model = wrapped.pretrained_model
+    model, layer = wrapped.pretrained_model, wrapped.head.layer
+    if layer is None:
+        return False
     query = tokenizer("I am so very glad today", return_tensors="pt")["input_ids"][0]
     inputs, mask = pad_batch(tokenizer, [query], [query[-2:]], model.device)
+    inputs["earned"] = mask.float()
+
+    # What a family does to large logits is seen in large logits alone.
+    factors = (1, 8)
     with torch.no_grad():
         try:
-            states, _ = wrapped(**inputs, earned=mask.float())
-            logits = wrapped.head(states)
+            states, _ = wrapped(**inputs)
+            found = torch.cat([wrapped.head(factor * states) for factor in factors])
         # A model may make its logits without its head, or in another form.
-        except (AttributeError, IndexError, RuntimeError, TypeError):
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             return False
-        states, _ = unsplit(**inputs, earned=mask.float())
-        model_logits = unsplit.head(states)
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.05
-    return torch.allclose(logits, model_logits, rtol=tolerance, atol=tolerance)
+        logits = []
+        for factor in factors:
+            multiply = partial(multiply_states, factor=factor)
+            handle = layer.register_forward_pre_hook(multiply)
+            states, _ = unsplit(**inputs)
+            logits.append(unsplit.head(states))
+            handle.remove()
+    wanted = torch.cat(logits)
+
+    # Of the same states the same is made, but for the order of sums.
+    tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps)
+    is_alike = found.shape == wanted.shape
+    return is_alike and torch.allclose(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+def multiply_states(
+    layer: Any, arguments: tuple[torch.Tensor, ...], factor: float
+) -> tuple[torch.Tensor, ...]:
+    """Let a layer get so many times its states; a hook."""
+    states, *others = arguments
+    return (factor * states, *others)
 
 
 # ----------------------------------------------------------------------- the adaptation

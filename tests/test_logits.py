@@ -125,6 +125,19 @@ def test_small_gradients_are_kept_in_float16():
     assert (ours - wanted).norm() < 0.01 * wanted.norm()
 
 
+def test_states_of_float32_before_a_head_of_float16():
+    """Accelerate makes float32 of what a model in float16 returns."""
+    head = make_head(torch.float16)
+    states, ref_states, tokens = random_states()
+    found = token_statistics(states, ref_states, tokens, head)
+    wanted = whole_form(states, ref_states, tokens, make_head())
+    (gradient,) = torch.autograd.grad((found.logprobs + found.kl).sum(), states)
+    (wanted_gradient,) = torch.autograd.grad((wanted[0] + wanted[2]).sum(), states)
+    assert gradient.dtype == torch.float32
+    for ours, theirs in zip([*found, gradient], [*wanted, wanted_gradient]):
+        torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-2)
+
+
 def test_where_nothing_was_learned_the_kl_is_exactly_0():
     states, _, tokens = random_states()
     head = make_head()

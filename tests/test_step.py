@@ -144,13 +144,14 @@ def watch(monkeypatch):
         update, backward = trainer.update, trainer.accelerator.backward
         whole = [torch.cat(pair).tolist() for pair in zip(*built.batch[:2])]
 
-        def see_update(batch, experience, *more):
+        def see_update(batch, experience, policy_pass, weight):
             pairs = zip(batch.inputs["input_ids"], batch.inputs["attention_mask"])
             rows = [whole.index(ids[mask.bool()].tolist()) for ids, mask in pairs]
             masks = batch.mask.bool()
             seen = SimpleNamespace(rows=rows, masks=masks, experience=experience, wanted=look(rows))
+            seen.ref_states = policy_pass.ref_states
             updates.append(seen)
-            return update(batch, experience, *more)
+            return update(batch, experience, policy_pass, weight)
 
         def see_loss(loss):
             updates[-1].loss = loss.item()
@@ -164,16 +165,24 @@ def watch(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "mini_batch_size", "kl_coef"),
-    [("demo_model", 1, 0.3), ("demo_model", 4, 0.0), ("gpt2", 2, 0.3)],
+    ("name", "mini_batch_size", "kl_coef", "is_split"),
+    [
+        ("demo_model", 1, 0.3, True),
+        ("demo_model", 2, 0.3, False),
+        ("demo_model", 4, 0.0, True),
+        ("gpt2", 2, 0.3, True),
+    ],
 )
 def test_every_number_of_a_step(
-    drifted, watch, request, monkeypatch, name, mini_batch_size, kl_coef
+    drifted, watch, request, monkeypatch, name, mini_batch_size, kl_coef, is_split
 ):
     """GPT-2 has absolute positions, which padding would shift.
 
     Where all four rows are one minibatch, the pass before the updates is also that of the first.
+    Where the head is left to the model, states are logits, which are made for each minibatch.
     """
+    if not is_split:
+        monkeypatch.setattr(train_rlhf.models, "head_is_whole", lambda *arguments: False)
     flags = ["--gamma", 0.9, "--lam", 0.8, "--temperature", 0.7, "--value-clip-range", 0.05]
     flags += ["--ppo-epochs", 3, "--learning-rate", 0.003, "--vf-coef", 0.5, "--kl-coef", kl_coef]
     flags += ["--model-name", request.getfixturevalue(name), "--mini-batch-size", mini_batch_size]
@@ -181,6 +190,7 @@ def test_every_number_of_a_step(
     lengths = [len(response) for response in built.batch[1]]
     assert len({*lengths}) > 1 and len({*map(len, built.batch[0])}) > 1
     before = [before_the_updates(built, row) for row in range(4)]
+    assert (built.policy.head.layer is None) == (not is_split)
 
     given, compute = [], train_rlhf.compute_advantages
 
@@ -253,8 +263,8 @@ def check_experience(built, update, before):
         where = update.masks[place]
         assert where.sum() == len(before[row].values)
         given = update.experience._asdict()
-        all_ref_logprobs = built.policy.head(given.pop("ref_states")).log_softmax(-1)
-        for name, numbers in {**given, "all_ref_logprobs": all_ref_logprobs}.items():
+        given["all_ref_logprobs"] = built.policy.head(update.ref_states).log_softmax(-1)
+        for name, numbers in given.items():
             wanted = getattr(before[row], name)
             assert numbers[place][where].numpy() == pytest.approx(wanted, **NEAR)
         assert not update.experience.advantages[place][~where].any()
@@ -410,12 +420,15 @@ def test_the_loss_alone_pulls_a_drifted_policy_back(drifted, monkeypatch):
     assert kls[-1] < 0.3 * kls[0]
 
 
-def test_a_step_in_which_nothing_was_earned_moves_nothing(build, make_settings, roll_out):
+@pytest.mark.parametrize("mini_batch_size", ["0", "1"])
+def test_a_step_in_which_nothing_was_earned_moves_nothing(
+    build, make_settings, roll_out, mini_batch_size
+):
     """Where policy and base model are one, the gradient of the KL is exactly 0.
 
     Of anything else, a rounding error too, Adam would make a step of full size.
     """
-    built = build(make_settings("--ppo-epochs", "2"))
+    built = build(make_settings("--ppo-epochs", "2", "--mini-batch-size", mini_batch_size))
     queries = encode(built.tokenizer, built.rows[:3], chat_template=False)
     responses, _ = roll_out(built, queries)
     before = [weight.clone() for weight in trained(built.trainer).values()]
