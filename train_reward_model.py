@@ -130,10 +130,10 @@ def run(settings: Settings) -> None:
         # What is saved is what is measured.
         model = unquantized(model)
         held_out = replace(held_out, model=model)
-        with as_saved(model):
+        with as_saved(model, settings.output_dir):
             judged = share_out(held_out.judge, eval_examples)
         trained = comparison_figures(eval_examples, judged)
-        # Whoever loads the model as a scorer reads these.
+        # A scorer reads these.
         scale = {"score_mean": trained["score_mean"], "score_std": trained["score_std"]}
         more = {"score_accuracy": trained["accuracy"], "conversation_form": form}
         model.config.update(scale | more)

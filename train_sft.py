@@ -140,7 +140,7 @@ def run(settings: Settings) -> None:
         # What is saved is what is measured.
         model = unquantized(model)
         held_out = replace(held_out, model=model)
-        with as_saved(model):
+        with as_saved(model, settings.output_dir):
             trained = held_out.measure()
         report = make_report(stage, metrics, base, trained, learned.rows)
 

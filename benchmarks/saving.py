@@ -1,9 +1,10 @@
-"""Measure what it costs to measure a model as it is saved, its adapter merged layer by layer.
+"""Measure what it costs to measure a model as it is saved, its adapter merged.
 
     python benchmarks/saving.py    # saving.md; a few minutes
 
-The two random models of throughput.py in bfloat16: the seconds that sampling takes with the adapter
-beside the weights, and with each layer merged while it is at work, in turns.
+The two random models of throughput.py in bfloat16, with the adapter beside the weights and with the
+weights merged, what they were before in a file, in turns: the seconds of sampling, of a pass of the
+base model over the samples, and of merging and taking apart.
 """
 
 import os
@@ -51,14 +52,27 @@ def load(folder):
     return adapted, tokenizer
 
 
-def measure(model, tokenizer):
-    """Return the seconds of sampling."""
+def sample(model, tokenizer):
+    """Return the seconds of sampling, and those of a pass of the base model."""
     rows = [{"prompt": f"I feel so {number}"} for number in range(SAMPLES)]
     queries = encode(tokenizer, rows, chat_template=False)
     numbers = random_numbers((0, 0, 0), SAMPLES, NEW_TOKENS)
     start = time.perf_counter()
     sample_responses(model, tokenizer, queries, numbers, batch_size=SAMPLES)
-    return time.perf_counter() - start
+    end_of_sampling = time.perf_counter()
+
+    inputs = tokenizer(["I feel so very very very very very"] * SAMPLES, return_tensors="pt")
+    with torch.no_grad(), model.disable_adapter():
+        model(input_ids=inputs["input_ids"])
+    return end_of_sampling - start, time.perf_counter() - end_of_sampling
+
+
+def measure(model, tokenizer, as_it_is_saved, folder):
+    """Return the seconds of sampling, of the base model's pass, and of what surrounds both."""
+    start = time.perf_counter()
+    with as_saved(model, folder) if as_it_is_saved else nullcontext():
+        sampling, base_pass = sample(model, tokenizer)
+    return sampling, base_pass, time.perf_counter() - start - sampling - base_pass
 
 
 def main():
@@ -66,25 +80,25 @@ def main():
     names = sys.argv[1:] or list(SHAPES)
     lines = [
         f"Commit {commit()}, {SAMPLES} samples of {NEW_TOKENS} tokens, bfloat16, a CPU with one thread,",
-        f"medians of {ROUNDS} rounds in turns; the most memory of the process until then.",
+        f"medians of {ROUNDS} rounds in turns; the most memory of the process until then. On disk a",
+        "file as large as the weights that are adapted, without a name, for as long as is measured.",
         "",
-        "| shape | adapter | seconds | peak memory |",
-        "|---|---|---|---|",
+        "| shape | adapter | sampling, s | base model's pass, s | merging, s | peak memory |",
+        "|---|---|---|---|---|---|",
     ]
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             model, tokenizer = load(make_model(name, folder))
-        seconds = {"beside the weights": [], "merged layer by layer": []}
-        memory = {}
-        for _ in range(ROUNDS):
-            for way, taken in seconds.items():
-                with nullcontext() if way == "beside the weights" else as_saved(model):
-                    taken.append(measure(model, tokenizer))
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-                memory.setdefault(way, peak)
-        for way, taken in seconds.items():
-            cells = f"{statistics.median(taken):.1f} | {memory[way]:.1f} GB"
-            lines.append(f"| {name} | {way} | {cells} |")
+            rounds = {"beside the weights": [], "merged": []}
+            memory = {}
+            for _ in range(ROUNDS):
+                for way, seconds in rounds.items():
+                    seconds.append(measure(model, tokenizer, way == "merged", folder))
+                    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+                    memory.setdefault(way, peak)
+        for way, seconds in rounds.items():
+            medians = [f"{statistics.median(part):.1f}" for part in zip(*seconds)]
+            lines.append(f"| {name} | {way} | {' | '.join(medians)} | {memory[way]:.1f} GB |")
             print(lines[-1], flush=True)
     if not sys.argv[1:]:
         Path(__file__).with_suffix(".md").write_text("\n".join([*lines, ""]))

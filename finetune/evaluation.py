@@ -48,7 +48,7 @@ def measure_and_save(learner: Any, rows: list[Row], eval_rows: list[Row], metric
     # What is saved is what is measured.
     learner.policy.unquantize()
     model = learner.policy.pretrained_model
-    with as_saved(model):
+    with as_saved(model, settings.output_dir):
         trained = {"train_prompts": measure(learner, rows, samples, number=1, base=False)}
         if eval_rows:
             trained["eval_prompts"] = measure(learner, eval_rows, samples, number=2, base=False)

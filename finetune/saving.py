@@ -1,10 +1,13 @@
 """An adapted model saved as an ordinary one, and measured as what was saved."""
 
+import os
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 import transformers
@@ -56,66 +59,83 @@ def unquantized(model: Any) -> Any:
 
 
 # ---------------------------------------------------------------- measured as it is saved
-# So many bytes of merged weights are kept, so that they need not be merged again.
-KEPT = 1_250_000_000
-
-
 @contextmanager
-def as_saved(model: Any) -> Iterator[None]:
+def as_saved(model: Any, folder: Path | str) -> Iterator[None]:
     """Let an adapted model compute in this block as the one that save_model writes of it.
 
     In 16 bits the sum of a weight and of what was learned is rounded, which costs some of
-    the latter. A layer is merged only while it is at work, and KEPT bytes of merged layers
-    stay: so memory does not hold two models. Nothing changes where the adapter is switched
-    off, and in 32 bits.
+    the latter. So every adapted layer is merged, and what its weight was waits in a file
+    without a name, in the folder where there is one: memory never holds two models. Where
+    the adapter is switched off a layer is at work with the weight of the file. Nothing
+    changes in 32 bits.
     """
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-    handles = []
-    room = KEPT
-    for layer in layers:
-        merging = Merging(layer)
-        if merging.weight.dtype == torch.float32:
-            continue
-        room -= merging.weight.nbytes
-        merging.is_kept = room >= 0
-        handles.append(layer.register_forward_pre_hook(merging.begin))
-        handles.append(layer.register_forward_hook(merging.end, always_call=True))
-    try:
+    place = folder if Path(folder).is_dir() else None
+    with tempfile.TemporaryFile(dir=place) as file, ExitStack() as undo:
+        for layer in layers:
+            if adapted_weight(layer).dtype == torch.float32:
+                continue
+            merged = MergedLayer(layer, file)
+            undo.callback(merged.take_apart)
+            merged.merge()
+            before = layer.register_forward_pre_hook(merged.before_work)
+            after = layer.register_forward_hook(merged.after_work, always_call=True)
+            undo.callback(before.remove)
+            undo.callback(after.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-class Merging:
-    """An adapted layer, which is merged before it is at work, and is as it was after that.
+def adapted_weight(layer: Any) -> torch.nn.Parameter:
+    """Return the weight that a layer adapts; that of experts has a name of its own."""
+    of_experts = isinstance(layer, ParamWrapper)
+    return layer.get_param() if of_experts else layer.get_base_layer().weight
 
-    is_kept: whether its merged weight is kept for the next time.
-    """
 
-    def __init__(self, layer: Any) -> None:
+class MergedLayer:
+    """An adapted layer that is merged, and what its weight was, at the end of a file."""
+
+    def __init__(self, layer: Any, file: Any) -> None:
         self.layer = layer
-        self.is_kept = False
-        self.merged: torch.Tensor | None = None
-        # Of experts the adapted weights have a name of their own.
-        of_experts = isinstance(layer, ParamWrapper)
-        self.weight = layer.get_param() if of_experts else layer.get_base_layer().weight
-        self.unmerged = self.weight.data
+        self.weight = adapted_weight(layer)
+        self.merged = self.weight.data
+        self.adapters: list[str] = []
 
-    def begin(self, *others: Any) -> None:
-        """Merge what was learned into a copy of the weight."""
-        if self.layer.disable_adapters:
-            return
-        if self.merged is not None:
-            self.weight.data = self.merged
-            self.layer.merged_adapters.extend(self.layer.active_adapters)
-            return
-        self.weight.data = self.unmerged.clone()
+        self.file = file
+        self.offset = file.seek(0, os.SEEK_END)
+        as_bytes = self.merged.cpu().contiguous().view(torch.uint8)
+        as_bytes.numpy().tofile(file)
+
+    def merge(self) -> None:
+        """Add what was learned to the weight."""
         self.layer.merge()
-        if self.is_kept:
-            self.merged = self.weight.data
+        self.merged = self.weight.data
+        self.adapters = list(self.layer.merged_adapters)
 
-    def end(self, *others: Any) -> None:
-        """Put the weight back."""
-        self.weight.data = self.unmerged
+    def unmerged(self) -> torch.Tensor:
+        """Return what the weight was; it takes memory only while it is used."""
+        as_bytes = np.memmap(
+            self.file,
+            dtype=np.uint8,
+            mode="c",
+            offset=self.offset,
+            shape=(self.merged.nbytes,),
+        )
+        weight = torch.from_numpy(as_bytes).view(self.merged.dtype)
+        return weight.view(self.merged.shape).to(self.merged.device)
+
+    def before_work(self, *others: Any) -> None:
+        """Take what the weight was, where the adapter is switched off."""
+        if self.layer.disable_adapters:
+            self.layer.merged_adapters.clear()
+            self.weight.data = self.unmerged()
+
+    def after_work(self, *others: Any) -> None:
+        """Be merged again."""
+        self.weight.data = self.merged
+        self.layer.merged_adapters[:] = self.adapters
+
+    def take_apart(self) -> None:
+        """Be for good what it was."""
+        self.merged.copy_(self.unmerged())
+        self.weight.data = self.merged
         self.layer.merged_adapters.clear()
