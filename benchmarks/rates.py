@@ -4,8 +4,8 @@
     python benchmarks/rates.py gpt2 stories260K    # prints the rows of these models alone
 
 SFT on texts about family, and a reward model from pairs, both sampled from demo_model by
-examples/make_data.py. gpt2, qwen2 and gpt_neox are small models of these families, trained here for
-two minutes on samples of demo_model; stories260K is not part of the project. Every run is a process
+examples/make_data.py. llama_256, gpt2, qwen2 and gpt_neox are small models of these families, trained
+here for some minutes on samples of demo_model; stories260K is not part of the project. Every run is a process
 of its own with one thread, as many at once as there are cores.
 """
 
@@ -24,12 +24,18 @@ SEEDS = range(3)
 GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 STAGES = {"train_sft": "texts.jsonl", "train_reward_model": "pairs.jsonl"}
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--eval-every", "0"]
-MADE = ("gpt2", "qwen2", "gpt_neox")
+# {name: (family, width, steps)} of the models that are made here.
+MADE = {
+    "llama_256": ("llama", 256, 400),
+    "gpt2": ("gpt2", 128, 1000),
+    "qwen2": ("qwen2", 128, 1000),
+    "gpt_neox": ("gpt_neox", 128, 1000),
+}
 MODELS = ("demo_model", "stories260K", *MADE)
 
 
-def make_model(family, folder, steps=1500):
-    """Train a small model of a family on samples of demo_model, and save it."""
+def make_model(family, width, steps, folder):
+    """Teach a small model of a family the probabilities that demo_model has, and save it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -39,31 +45,33 @@ def make_model(family, folder, steps=1500):
     config = AutoConfig.for_model(
         family,
         vocab_size=len(tokenizer),
-        hidden_size=128,
+        hidden_size=width,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
-        intermediate_size=512,
+        intermediate_size=4 * width,
         max_position_embeddings=256,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     model = AutoModelForCausalLM.from_config(config)
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    highest = 2e-3 * (128 / width) ** 0.5
+    optimizer = torch.optim.AdamW(model.parameters(), highest)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=steps)
     start = torch.full((64, 1), tokenizer.bos_token_id)
     for step in range(steps):
-        # Each sample is learned from a few times.
-        if step % 10 == 0:
-            with torch.no_grad():
+        with torch.no_grad():
+            # Each sample is learned from a few times.
+            if step % 5 == 0:
                 ids = teacher.generate(start, do_sample=True, top_k=0, max_new_tokens=32)
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * (1 - step / steps)
-        model(
-            input_ids=ids, labels=ids.masked_fill(ids == tokenizer.pad_token_id, -100)
-        ).loss.backward()
+                is_token = ids != tokenizer.pad_token_id
+                wanted = teacher(input_ids=ids).logits[is_token].softmax(-1)
+        logits = model(input_ids=ids).logits[is_token]
+        torch.nn.functional.cross_entropy(logits, wanted).backward()
         optimizer.step()
         optimizer.zero_grad()
+        schedule.step()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -73,6 +81,9 @@ def measure(stage, model, data, rate, seed):
     flags = ["--model-name", model, "--data", data, "--learning-rate", rate, "--seed", seed]
     with tempfile.TemporaryDirectory() as folder:
         report, _ = run_stage(stage, Path(folder, "model"), [*flags, *FLAGS])
+    print(
+        stage, Path(model).name, rate, seed, report["trained"]["loss"], file=sys.stderr, flush=True
+    )
     return report["trained"], report["learning_rate"]
 
 
@@ -111,7 +122,7 @@ def main():
         for name in names:
             if name in MADE:
                 paths[name] = Path(folder, name)
-                make_model(name, paths[name])
+                make_model(*MADE[name], paths[name])
 
         tasks = []
         for name in names:

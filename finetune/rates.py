@@ -1,21 +1,25 @@
 """The learning rate for an adapter, from the shape of the model."""
 
-from typing import Any
+import math
+from typing import Any, Literal
 
-# What they found best for LoRA at a width of 2000, and how it falls with the width in the two
-# families that they tried: Schulman et al., LoRA Without Regret (2025).
+# What was found best for LoRA at a width of 2000, and how it falls with the width of Llamas:
+# Schulman et al., LoRA Without Regret (2025). What they found for Qwen gives too little of
+# it to narrow models (benchmarks/rates.md).
 AT_2000 = 5e-4
-EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
+EXPONENT = 0.781
 
 
-def rate_for(config: Any) -> float:
-    """Return the learning rate for a model with this config: 5e-4 at a width of 2000.
+def rate_of(
+    learning_rate: float | Literal["auto"],
+    config: Any,
+    highest: float = math.inf,
+) -> float:
+    """Return LEARNING_RATE; where it is auto, that of the model's width.
 
-    Of two models of a family the narrower one takes the higher rate. A family without an
-    exponent of its own is taken for a Llama.
+    config: of the model. The narrower one takes the higher rate, but none above highest.
     """
-    exponent = EXPONENTS["llama"]
-    for family, own_exponent in EXPONENTS.items():
-        if config.model_type.startswith(family):
-            exponent = own_exponent
-    return AT_2000 * (2000 / config.hidden_size) ** exponent
+    if learning_rate != "auto":
+        return learning_rate
+    width = config.get_text_config().hidden_size
+    return min(AT_2000 * (2000 / width) ** EXPONENT, highest)

@@ -17,7 +17,7 @@ from finetune.fields import Tally
 from finetune.files import Row
 from finetune.processes import device_name, process_count
 from finetune.progress import Metrics, MetricsLog, count_steps, give_up_on_bad_numbers, recent
-from finetune.rates import rate_for
+from finetune.rates import rate_of
 from finetune.settings import StageSettings
 
 
@@ -32,6 +32,7 @@ class Stage:
     settings: StageSettings
     files: dict[str, str]  # {path: SHA-256} of the data
     project: str  # the name of the script, under which trackers keep its runs
+    highest_rate: float = math.inf  # that auto may give
 
     @property
     def steps(self) -> int:
@@ -40,9 +41,8 @@ class Stage:
 
     @property
     def learning_rate(self) -> float:
-        """The highest rate of the run."""
-        rate = self.settings.learning_rate
-        return rate_for(self.model.config) if rate == "auto" else rate
+        """What LEARNING_RATE gives, at its highest."""
+        return rate_of(self.settings.learning_rate, self.model.config, self.highest_rate)
 
 
 @dataclass(frozen=True)
@@ -287,6 +287,6 @@ def announce(stage: Stage, dtype: str, data: str, tally: Tally) -> None:
     print(f"Data      {settings.data}: {data}{tally.in_words()}")
     rate = f"learning rate {stage.learning_rate:.2g}"
     if settings.learning_rate == "auto":
-        rate += f", auto for a {model.config.model_type} of width {model.config.hidden_size}"
+        rate += f", auto for a width of {model.config.get_text_config().hidden_size}"
     print(f"Training  {stage.steps} steps of {settings.batch_size}, seed {settings.seed}, {rate}")
     print(f"Output    {settings.output_dir}/\n", flush=True)
