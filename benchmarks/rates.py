@@ -4,8 +4,8 @@
     python benchmarks/rates.py gpt2 stories260K    # prints the rows of these models alone
 
 SFT on texts about family, and a reward model from pairs, both sampled from demo_model by
-examples/make_data.py. llama_256, gpt2, qwen2 and gpt_neox are small models of these families, trained
-here for some minutes on samples of demo_model; stories260K is not part of the project. Every run is a process
+examples/make_data.py. gpt2 and qwen2 are small models of these families, taught here for some
+minutes what demo_model says; stories260K is not part of the project. Every run is a process
 of its own with one thread, as many at once as there are cores.
 """
 
@@ -24,17 +24,11 @@ SEEDS = range(3)
 GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 STAGES = {"train_sft": "texts.jsonl", "train_reward_model": "pairs.jsonl"}
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--eval-every", "0"]
-# {name: (family, width, steps)} of the models that are made here.
-MADE = {
-    "llama_256": ("llama", 256, 400),
-    "gpt2": ("gpt2", 128, 1000),
-    "qwen2": ("qwen2", 128, 1000),
-    "gpt_neox": ("gpt_neox", 128, 1000),
-}
+MADE = ("gpt2", "qwen2")
 MODELS = ("demo_model", "stories260K", *MADE)
 
 
-def make_model(family, width, steps, folder):
+def make_model(family, folder, width=128, steps=1200):
     """Teach a small model of a family the probabilities that demo_model has, and save it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -56,9 +50,8 @@ def make_model(family, width, steps, folder):
         pad_token_id=tokenizer.pad_token_id,
     )
     model = AutoModelForCausalLM.from_config(config)
-    highest = 2e-3 * (128 / width) ** 0.5
-    optimizer = torch.optim.AdamW(model.parameters(), highest)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     start = torch.full((64, 1), tokenizer.bos_token_id)
     for step in range(steps):
         with torch.no_grad():
@@ -122,7 +115,7 @@ def main():
         for name in names:
             if name in MADE:
                 paths[name] = Path(folder, name)
-                make_model(*MADE[name], paths[name])
+                make_model(name, paths[name])
 
         tasks = []
         for name in names:
