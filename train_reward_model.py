@@ -49,7 +49,7 @@ BATCH_SIZE = 16  # comparisons for one update
 MINI_BATCH_SIZE = 0  # comparisons at once, a divisor of BATCH_SIZE; memory grows with it; 0 = all
 GROUP_BY_LENGTH = True  # texts of like length in a batch: less padding, but a bumpy loss
 GRADIENT_CHECKPOINTING = False  # True saves memory, most with long texts; it is slower
-LEARNING_RATE = 2e-4  # at its highest; small models want more: 3e-3 for one of a million parameters
+LEARNING_RATE = "auto"  # at its highest; auto = from the width: 5e-4 at 2000, at most 3e-3
 WARMUP_SHARE = 0.03  # of the steps, in which the rate rises; then it falls along a cosine; 0 = off
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0 = off
 
@@ -121,7 +121,8 @@ def run(settings: Settings) -> None:
     collate = ComparisonCollator(tokenizer)
     held_out = HeldOut(model, collate, eval_examples, settings.eval_batch_size)
     project = "train_reward_model"
-    stage = Stage(model, examples, collate, held_out.measure, settings, files, project)
+    # With a higher rate little is learned: benchmarks/rates.md.
+    stage = Stage(model, examples, collate, held_out.measure, settings, files, project, 3e-3)
     with claim_output(settings.output_dir, settings.resume):
         counts = f"{row_count(examples)} rows with {len(examples)} comparisons"
         counts += f", {row_count(eval_examples)} rows held out"
@@ -227,6 +228,7 @@ def make_report(stage: Stage, metrics: Metrics, base: Row, trained: Row) -> Row:
     tags, task = ["reward-model"], "text-classification"
     return {
         **describe_run(stage.model, stage.settings, metrics, tags, task),
+        "learning_rate": stage.learning_rate,
         "learned": trained["accuracy"] - 3 * error > trained["guessing"],
         "base": base,
         "trained": trained,

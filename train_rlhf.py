@@ -143,6 +143,7 @@ class Settings(TrainingSettings):
     success_threshold: NumberOrAuto = changeable()
     training_epochs: Number = limits(1e-6, 10**6, changeable=True)
     max_new_tokens: Whole = limits(1, 10**6)
+    learning_rate: Number = limits(1e-30, 1e30)
     temperature: Number = limits(0.01, 100)
     target_approx_kl: Number = limits(0, 1e30, changeable=True)
     ppo_epochs: Whole = limits(1, 10**6)

@@ -62,7 +62,7 @@ MINI_BATCH_SIZE = 0  # examples at once, a divisor of BATCH_SIZE; memory grows w
 PACKING = False  # True = examples of a minibatch one after another, without padding; same loss
 GROUP_BY_LENGTH = True  # examples of like length in a batch: less padding, but a bumpy loss
 GRADIENT_CHECKPOINTING = False  # True saves memory, most with long examples; it is slower
-LEARNING_RATE = 2e-4  # at its highest; small models want more: 3e-3 for one of a million parameters
+LEARNING_RATE = "auto"  # at its highest; auto = from the model's width: 5e-4 at 2000
 WARMUP_SHARE = 0.03  # of the steps, in which the rate rises; then it falls along a cosine; 0 = off
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0 = off
 
@@ -242,6 +242,7 @@ def make_report(
     del base["counts"]
     return {
         **describe_run(stage.model, stage.settings, metrics, tags=["sft"]),
+        "learning_rate": stage.learning_rate,
         "base": base,
         "trained": trained,
         "learned": fall > 3 * error,

@@ -81,6 +81,8 @@ TextsOrNone = Annotated[list[Text], BeforeValidator(Converter(to_list))]
 Switch = Annotated[bool, BeforeValidator(Converter(to_switch))]
 Whole = Annotated[int, BeforeValidator(Converter(to_number))]
 Number = Annotated[float, BeforeValidator(Converter(to_number)), Field(allow_inf_nan=False)]
+# float32 holds these rates, and their products.
+RateOrAuto = Literal["auto"] | Annotated[Number, Field(ge=1e-30, le=1e30)]
 NumberOrAuto = Literal["auto"] | Annotated[Number, Field(ge=-(10**15), le=10**15)]
 
 Quantization = Annotated[Literal["none", "8bit", "4bit"], BeforeValidator(Converter(to_text))]
@@ -127,8 +129,6 @@ class TrainingSettings(CommonSettings):
     batch_size: Whole = limits(1, MILLION)
     mini_batch_size: Whole = limits(0, MILLION, changeable=True)
     gradient_checkpointing: Switch = changeable()
-    # float32 holds these rates, and their products.
-    learning_rate: Number = limits(1e-30, 1e30)
     max_grad_norm: Number = limits(0, 1e30, changeable=True)
     eval_batch_size: Whole = limits(1, MILLION, changeable=True)
     save_every: Whole = limits(0, MILLION, changeable=True)
@@ -148,6 +148,7 @@ class StageSettings(TrainingSettings):
     eval_share: Number = limits(0.001, 0.9)
     max_length: Whole = limits(2, MILLION)
     lora_dropout: Number = limits(0, 0.9)
+    learning_rate: RateOrAuto
     # The rates of all steps depend on how many there are.
     training_epochs: Number = limits(1e-6, MILLION)
     warmup_share: Number = limits(0, 0.9)

@@ -17,6 +17,7 @@ from finetune.fields import Tally
 from finetune.files import Row
 from finetune.processes import device_name, process_count
 from finetune.progress import Metrics, MetricsLog, count_steps, give_up_on_bad_numbers, recent
+from finetune.rates import rate_of
 from finetune.settings import StageSettings
 
 
@@ -31,11 +32,17 @@ class Stage:
     settings: StageSettings
     files: dict[str, str]  # {path: SHA-256} of the data
     project: str  # the name of the script, under which trackers keep its runs
+    highest_rate: float = math.inf  # that auto may give
 
     @property
     def steps(self) -> int:
         """How many steps the whole run takes."""
         return count_steps(self.settings, self.examples)
+
+    @property
+    def learning_rate(self) -> float:
+        """What LEARNING_RATE gives, at its highest."""
+        return rate_of(self.settings.learning_rate, self.model.config, self.highest_rate)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def fit(
     """
     model, settings = stage.model, stage.settings
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(weights, settings.learning_rate)
+    optimizer = torch.optim.Adam(weights, stage.learning_rate)
     checkpoint = Checkpoint(model, optimizer, None, settings, stage.files)
     state = restore(checkpoint, stage.steps) if settings.resume else {"metrics": [], "base": None}
     metrics = state["metrics"]
@@ -278,5 +285,8 @@ def announce(stage: Stage, dtype: str, data: str, tally: Tally) -> None:
     print(f"Model     {settings.model_name}, {total:,} parameters, {trained:,} of them trained")
     print(f"Device    {device_name(model.device)}, {dtype} weights")
     print(f"Data      {settings.data}: {data}{tally.in_words()}")
-    print(f"Training  {stage.steps} steps of {settings.batch_size}, seed {settings.seed}")
+    rate = f"learning rate {stage.learning_rate:.2g}"
+    if settings.learning_rate == "auto":
+        rate += f", auto for a width of {model.config.get_text_config().hidden_size}"
+    print(f"Training  {stage.steps} steps of {settings.batch_size}, seed {settings.seed}, {rate}")
     print(f"Output    {settings.output_dir}/\n", flush=True)

@@ -323,6 +323,6 @@ def test_the_fields_of_the_stages_before(runs, name):
         assert record.keys() == fields("## The stages before PPO")
     report = report_of(runs, name)
     of_ppo = fields("## report.json")
-    assert {"base", "trained", "learned"} <= report.keys() <= of_ppo
+    assert {"base", "trained", "learned"} <= report.keys() <= of_ppo | {"learning_rate"}
     for part in ("base", "trained"):
         assert report[part].keys() == fields(f"for `{name}.py`:")

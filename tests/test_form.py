@@ -26,7 +26,7 @@ ORDER = [  # of the files in finetune/: each imports only from those before it
     *("hub_data", "fields", "files", "messages", "dialogues", "data", "prompts"),
     *("examples", "comparisons", "seed_tasks", "functions", "tokens", "chat", "labels", "figures"),
     *("judged", "logits", "models", "saving", "loading", "scale", "beginnings", "classifiers"),
-    *("scorers", "checkpoint", "trackers", "progress", "output", "sampling", "batches"),
+    *("scorers", "checkpoint", "trackers", "progress", "output", "sampling", "batches", "rates"),
     "supervised",
     *("held_out", "heads", "writer", "self_instruct", "answers"),
     *("run_files", "curves", "pages", "watch", "measurement", "samples", "shown"),

@@ -144,6 +144,8 @@ LIMITS = [
 ]
 OTHER_LIMITS = {
     ("train_rlhf", "eval_share"): (float, 0, 0.9),  # 0 = EVAL_PROMPTS are measured
+    ("train_sft", "learning_rate"): (None, 1e-30, 1e30),
+    ("train_reward_model", "learning_rate"): (None, 1e-30, 1e30),
     ("train_reward_model", "lora_rank"): (int, 0, 10**6),  # 0 = the body is frozen
 }
 NUMBERS = {int: "a whole number", float: "a number", None: "a number, or auto,"}
@@ -215,7 +217,7 @@ def test_a_number_beyond_its_limits_each_told_in_the_order_of_the_fields(each):
 BAD = {  # by what a remedy begins with
     "a whole": [2.5, "2.5", "ten", "", None, True, math.nan, "inf", "1" * 5000, "0,1", [1]],
     "a number from": ["abc", "nan", "inf", "1e300", "0,1", "", None, True, math.nan, (0, 1)],
-    "a number, or auto": ["high", "AUTO", "nan", "1e16", None, True, ["auto"]],
+    "a number, or auto": ["high", "AUTO", "nan", "1e31", None, True, ["auto"]],
     "True or False": ["maybe", "1", 0, None, "", [True]],
     "a text": [None, "", " \n", 5, "\0", "\udcff", os, ["a"], ("a", "b")],
     "a list": [None, "", ["I", " "], ["I", 5], ["\0"], ["I", "\udcff"], {}, str, iter("I")],

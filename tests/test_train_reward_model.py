@@ -160,7 +160,7 @@ def test_a_few_comparisons_prove_nothing(monkeypatch, count, learned):
     monkeypatch.setattr(train_reward_model, "describe_run", lambda *parts: {})
     trained = figures_of(",".join(f"{row} 1.0 0.0" for row in range(count)))
     assert (trained["accuracy"], trained["standard_error"]) == (1.0, 0.0)
-    stage = SimpleNamespace(model=None, settings=None)
+    stage = SimpleNamespace(model=None, settings=None, learning_rate=1e-3)
     assert make_report(stage, None, trained, trained)["learned"] is learned
 
 
