@@ -32,6 +32,7 @@ advantages, losses, step. What is not PPO is in the folder finetune/ beside this
 
 import inspect
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -116,7 +117,7 @@ MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm; 0 = off
 # --- Run
 SEED = 0  # the same seed on the same machine gives the same run
 EVAL_SAMPLES = 240  # responses in each of the four measurements at the end, spread over the prompts
-EVAL_BATCH_SIZE = 40  # responses generated at once there; less saves memory
+EVAL_BATCH_SIZE = 40  # responses generated at once, there and in a step; less saves memory
 LOG_EVERY = 5  # steps between two samples shown, and two lines of progress in a log file
 SAVE_EVERY = 10  # steps between two checkpoints; 0 = only where the run ends or is stopped
 SAVE_ADAPTER = True  # the LoRA adapter alone, for PEFT, in adapter/ beside the model; False = off
@@ -172,6 +173,8 @@ CHECKS = (read_prompts, check_target, *checks.OF_TRAINING)
 if command.is_script(globals()):
     settings = command.settings_or_exit(globals(), Settings, CHECKS)
 command.silence_loggers()
+# Large tensors lie in large pages of memory then, which are faster to get on Linux.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import accelerate
 import torch
@@ -474,7 +477,8 @@ def sample_and_score(rows: list[Row], numbers: torch.Tensor, learner: Learner) -
         tokenizer,
         queries,
         numbers,
-        batch_size=settings.rows_at_once,
+        # Nothing is kept for a gradient here, so more than a minibatch fits.
+        batch_size=max(settings.rows_at_once, settings.eval_batch_size),
     )
     scores, token_scores = score_responses(
         learner.scorer,
@@ -734,8 +738,11 @@ def expectation(probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tens
     return torch.einsum("rv,rv->r", probabilities, values)
 
 
-def rows_of_a_piece(states: torch.Tensor, head: OutputHead, numbers: int = 2**23) -> int:
-    """Return how many rows of logits are so many numbers, 32 MB in float32."""
+def rows_of_a_piece(states: torch.Tensor, head: OutputHead, numbers: int = 2**24) -> int:
+    """Return how many rows of logits are so many numbers, 64 MB in float32.
+
+    Matrix products of fewer rows are slow on a CPU; more take memory and gain nothing.
+    """
     vocabulary = states.shape[-1] if head.layer is None else head.layer.weight.shape[0]
     return max(numbers // vocabulary, 1)
 

@@ -157,7 +157,7 @@ def roll_out():
             built.tokenizer,
             queries,
             processes.random_numbers(key, len(queries), length),
-            batch_size=built.trainer.config.mini_batch_size,
+            batch_size=max(built.settings.rows_at_once, built.settings.eval_batch_size),
         )
 
     return take

@@ -30,10 +30,11 @@ def respond(build, make_settings, make_learner):
 
 
 @pytest.mark.parametrize(
-    ("mini_batch_size", "flag"), [("0", "--score-prefixes"), ("2", "--no-score-prefixes")]
+    ("mini_batch_size", "eval_batch_size", "flag"),
+    [("0", "3", "--score-prefixes"), ("2", "3", "--no-score-prefixes")],
 )
 def test_a_rollout_is_what_the_policy_says_and_how_that_scores(
-    respond, roll_out, monkeypatch, mini_batch_size, flag
+    respond, roll_out, monkeypatch, mini_batch_size, eval_batch_size, flag
 ):
     sizes, sample = [], train_rlhf.sample_responses
 
@@ -43,8 +44,9 @@ def test_a_rollout_is_what_the_policy_says_and_how_that_scores(
 
     monkeypatch.setattr(train_rlhf, "sample_responses", see)
     scale = Scale(mean=10.0, deviation=4.0)
-    built, rows, rollout = respond("--mini-batch-size", mini_batch_size, flag, scale=scale)
-    assert sizes == [int(mini_batch_size) or 4]
+    sizes_at_once = ["--mini-batch-size", mini_batch_size, "--eval-batch-size", eval_batch_size]
+    built, rows, rollout = respond(*sizes_at_once, flag, scale=scale)
+    assert sizes == [max(int(mini_batch_size) or 4, 3)]
 
     queries = encode(built.tokenizer, rows, chat_template=False)
     responses, texts = roll_out(built, queries, key=(0, 1, 0))
