@@ -151,14 +151,19 @@ def test_without_a_gradient_none_is_computed():
     assert not any(tensor.requires_grad for tensor in statistics)
 
 
-def test_states_that_are_logits_are_taken_as_they_are():
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_states_that_are_logits_are_taken_as_they_are(temperature):
     """So it is where the head itself is trained."""
-    head = OutputHead(None, temperature=2.0)
+    head = OutputHead(None, temperature)
     states, ref_states, tokens = random_states()
     tokens = tokens % WIDTH
-    found = token_statistics(states, ref_states, tokens, head)
-    for ours, wanted in zip(found, whole_form(states, ref_states, tokens, head)):
-        torch.testing.assert_close(ours, wanted)
+    results = []
+    for compute in (token_statistics, whole_form):
+        found = compute(states, ref_states, tokens, head)
+        (gradient,) = torch.autograd.grad((found[0] + 2 * found[2]).sum(), states)
+        results.append([*found, gradient])
+    for ours, wanted in zip(*results):
+        torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------- families of models
