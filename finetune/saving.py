@@ -69,12 +69,15 @@ def as_saved(model: Any, folder: Path | str) -> Iterator[None]:
     the adapter is switched off a layer is at work with the weight of the file. Nothing
     changes in 32 bits.
     """
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    adapted: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    layers = [layer for layer in adapted if adapted_weight(layer).dtype != torch.float32]
+    if not layers:
+        yield
+        return
+
     place = folder if Path(folder).is_dir() else None
     with tempfile.TemporaryFile(dir=place) as file, ExitStack() as undo:
         for layer in layers:
-            if adapted_weight(layer).dtype == torch.float32:
-                continue
             merged = MergedLayer(layer, file)
             undo.callback(merged.take_apart)
             merged.merge()

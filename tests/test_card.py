@@ -140,7 +140,7 @@ def test_the_card_of_a_stage_says_what_its_report_says(
 ):
     flags = ["--model-name", str(demo_model), "--output-dir", "1e3"]
     settings = read_settings_of(flags, vars(script), script.Settings, checks=())
-    stage = SimpleNamespace(model=model, settings=settings)
+    stage = SimpleNamespace(model=model, settings=settings, learning_rate=3e-3)
     figures = {name: place / 8 for place, name in enumerate(names.split(), start=1)}
     others = {"nats": [3, 2], "counts": [2, 3], "comparisons": 4, "first_sample": {"Hi": "Ho"}}
     report = script.make_report(stage, METRICS, figures | others, figures | others, *rows)

@@ -1,9 +1,15 @@
 """finetune/rates.py: one learning rate for models of every width."""
 
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
+import torch
 from transformers import GPT2Config, LlamaConfig, LlavaConfig, Qwen2Config
 
+from finetune.fields import Tally
 from finetune.rates import rate_of
+from finetune.supervised import announce
 
 
 @pytest.mark.parametrize(
@@ -31,3 +37,28 @@ def test_no_rate_is_above_the_highest():
 @pytest.mark.parametrize("highest", [1e-6, 1.0])
 def test_a_rate_that_is_given_is_taken(highest):
     assert rate_of(2e-4, LlamaConfig(), highest) == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "told"),
+    [("auto", "learning rate 0.00099, auto for a width of 832"), (2e-4, "learning rate 0.0002")],
+)
+def test_the_rate_is_told_before_training_begins(capsys, learning_rate, told):
+    settings = SimpleNamespace(
+        learning_rate=learning_rate,
+        model_name="m",
+        data="d",
+        output_dir="o",
+        batch_size=4,
+        seed=0,
+    )
+    model = SimpleNamespace(
+        config=LlamaConfig(hidden_size=832),
+        device=torch.device("cpu"),
+        num_parameters=lambda only_trainable=False: 3,
+    )
+    rate = rate_of(learning_rate, model.config)
+    stage = SimpleNamespace(model=model, settings=settings, steps=6, learning_rate=rate)
+    announce(stage, "float32", "40 examples", Tally(Counter(), Counter(), Counter()))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "Training" in line]
+    assert line == f"Training  6 steps of 4, seed 0, {told}"

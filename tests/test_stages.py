@@ -155,7 +155,7 @@ LINES_OF_A_RUN = [
     r"Model     \S+, [\d,]+ parameters, [\d,]+ of them trained",
     r"Device    CPU with 1 thread, ",
     r"Data      \S+: 24 (examples|rows) ",
-    r"Training  6 steps of 4, seed 0$",
+    r"Training  6 steps of 4, seed 0, learning rate 0\.003$",
     r"Output    \S+/$",
     *(rf"step {n}/6, [\d:]+ left, loss \d+\.\d+, held out \d+\.\d+$" for n in (2, 4, 6)),
 ]
