@@ -42,7 +42,19 @@ def load_base_model(
         options["quantization_config"] = bits_config(quantization, dtype, has_new_head)
     loader = getattr(transformers, auto_class)
     device_map = {"": str(device)}
-    return load_weights(loader, path, dtype=dtype, device_map=device_map, **options)
+    model = load_weights(loader, path, dtype=dtype, device_map=device_map, **options)
+
+    # Of a slice of the states a CPU would copy the head's 16-bit weights for each row.
+    head = model.get_output_embeddings()
+    if head is not None and dtype != "float32":
+        head.register_forward_pre_hook(make_contiguous)
+    return model
+
+
+def make_contiguous(layer: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Let a layer get its states in one piece of memory; a hook."""
+    states, *others = arguments
+    return (states.contiguous(), *others)
 
 
 def merge_adapter(model: transformers.PreTrainedModel, path: str) -> Any:
@@ -219,12 +231,9 @@ def head_is_whole(
     return is_alike and torch.allclose(found, wanted, rtol=tolerance, atol=tolerance)
 
 
-def multiply_states(
-    layer: Any, arguments: tuple[torch.Tensor, ...], factor: float
-) -> tuple[torch.Tensor, ...]:
+def multiply_states(layer: Any, arguments: tuple[Any, ...], factor: float) -> tuple[Any, ...]:
     """Let a layer get so many times its states; a hook."""
-    states, *others = arguments
-    return (factor * states, *others)
+    return (factor * arguments[0], *arguments[1:])
 
 
 # ----------------------------------------------------------------------- the adaptation

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from finetune.models import load_base_model
 from finetune.processes import random_numbers
 from finetune.sampling import TokenSampler, sample_responses
 from finetune.tokens import texts_of
@@ -288,3 +289,16 @@ def test_a_model_with_its_own_way_of_sampling_is_sampled_like_any_other(build_wi
         built = build_with(changes)
         responses.append(sample(built, ask(built.tokenizer, "Life is") * 20))
     assert responses[0] == responses[1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_head_gets_its_states_in_one_piece_in_16_bits(demo_model, dtype):
+    """Of a slice a CPU would copy the head's weights for each row: twice the time in all."""
+    model = load_base_model(str(demo_model), "cpu", dtype, "none")
+    seen = []
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda layer, arguments: seen.append(arguments[0]))
+    ids = torch.full((3, 4), 5)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    assert {states.shape for states in seen} == {(3, 1, model.config.hidden_size)}
+    assert all(states.is_contiguous() for states in seen) == (dtype == "bfloat16")
