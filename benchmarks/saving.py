@@ -80,8 +80,9 @@ def main():
     names = sys.argv[1:] or list(SHAPES)
     lines = [
         f"Commit {commit()}, {SAMPLES} samples of {NEW_TOKENS} tokens, bfloat16, a CPU with one thread,",
-        f"medians of {ROUNDS} rounds in turns; the most memory of the process until then, which made the model too. On disk a",
-        "file as large as the weights that are adapted, without a name, for as long as is measured.",
+        f"medians of {ROUNDS} rounds in turns; the most memory of the process until then, which made",
+        "the model too. On disk a file as large as the weights that are adapted, without a name, for",
+        "as long as is measured.",
         "",
         "| shape | adapter | sampling, s | base model's pass, s | merging, s | peak memory |",
         "|---|---|---|---|---|---|",
