@@ -211,7 +211,11 @@ def test_a_head_is_taken_only_where_it_makes_the_logits_of_the_model(
     def find_none_of_its_own(model, temperature):
         return replace(find_head(model, temperature), layer=torch.nn.Linear(8, 8))
 
-    for find in (find_another, find_none_of_its_own):
+    def find_with_a_cap(model, temperature):
+        # It changes large logits alone.
+        return replace(find_head(model, temperature), cap=3000.0)
+
+    for find in (find_another, find_none_of_its_own, find_with_a_cap):
         monkeypatch.setattr(train_rlhf, "find_head", find)
         policy = build(settings).policy
         assert policy.head.layer is None
