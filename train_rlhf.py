@@ -1255,8 +1255,11 @@ def set_learning_rate(
     # The target falls as a cube to 0, or the noise of the last steps would stay.
     target = settings.target_approx_kl * (1 - len(metrics) / total_steps) ** 3
 
-    # None stands for one too large to be a number.
+    # None stands for one too large to be a number. Where nothing was earned yet nothing has
+    # moved, which tells nothing about the rate.
     approx_kl = metrics[-1]["approx_kl"]
+    if approx_kl == 0:
+        return
     factor = 0.0 if approx_kl is None else math.sqrt(target / max(approx_kl, 1e-12))
     factor = min(max(factor, 1 / limit), limit)
 

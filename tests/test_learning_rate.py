@@ -26,7 +26,7 @@ def factor_after(approx_kl, target, total_steps):
 
 @pytest.mark.parametrize(
     ("approx_kl", "factor"),
-    [(0.01, 1), (0.01 / 1.44, 1.2), (0.0, 1.5), (1.0, 1 / 1.5), (None, 1 / 1.5)],
+    [(0.01, 1), (0.01 / 1.44, 1.2), (1e-9, 1.5), (1.0, 1 / 1.5), (None, 1 / 1.5)],
 )
 def test_the_rate_follows_the_root_of_the_kl(approx_kl, factor):
     """Within bounds; None stands for a KL that is not finite."""
@@ -43,6 +43,11 @@ def test_the_target_falls_as_a_cube_to_0(target, total_steps, factor):
     assert factor_after(0.01, target, total_steps) == pytest.approx(factor, rel=1e-5)
 
 
+def test_a_step_that_moved_nothing_leaves_the_rate():
+    """Else it would have grown a hundredfold when at last a rare word is said."""
+    assert factor_after(0.0, target=0.08, total_steps=12) == 1
+
+
 @pytest.mark.parametrize("approx_kl", [0.0, 0.01, None])
 def test_without_a_target_the_rate_stays(approx_kl):
     assert factor_after(approx_kl, target=0, total_steps=12) == 1
@@ -51,6 +56,6 @@ def test_without_a_target_the_rate_stays(approx_kl):
 def test_the_rate_has_a_bound_where_nothing_can_be_learned():
     rates = [1e-4]
     for steps in range(1, 50):
-        approx_kls = [0.0] * steps  # as where all scores are alike
+        approx_kls = [1e-9] * steps
         rates = rates_after(rates, approx_kls, target=0.01, total_steps=90)
     assert rates == [pytest.approx(1e-2)]
