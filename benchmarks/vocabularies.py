@@ -1,7 +1,9 @@
 """Measure how seconds and memory of a step grow with the vocabulary and the length of responses.
 
-    python benchmarks/vocabularies.py                   # vocabularies.md
+    python benchmarks/vocabularies.py                   # prints a table
     python benchmarks/vocabularies.py --beside FOLDER   # and beside another checkout, in turns
+
+vocabularies.md has what was printed, and which commands did it.
 
 A random Llama of 4 layers and width 256, whose output head is its embedding; 10 responses a step,
 of which the last token gets the score. Each is a process of its own of two steps, the second of
@@ -11,6 +13,7 @@ which is counted; its memory is the most that the process had.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import resource
@@ -104,11 +107,10 @@ def cells(figures):
 
 
 def main():
-    """Run, and print and write the table."""
+    """Run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--beside", type=Path, help="another checkout, measured in turns")
-    add("--most", type=int, default=10**9, help="tokens a response times vocabulary, of the other")
     add("--vocabularies", nargs="+", type=int, default=VOCABULARIES)
     add("--lengths", nargs="+", type=int, default=LENGTHS, help="of the responses, in tokens")
     add("--mini-batch-sizes", nargs="+", type=int, default=MINI_BATCH_SIZES)
@@ -121,31 +123,23 @@ def main():
         print(json.dumps(take_two_steps(options.checkout, options.model, *size, flags)))
         return
 
+    checkouts = [ROOT]
     columns = ["vocabulary", "tokens", "`MINI_BATCH_SIZE`"]
     columns += ["s/step", "of these generation", "peak, GB"]
     if options.beside:
+        checkouts.append(options.beside)
         columns += [f"{commit(options.beside)}: s/step", "of these generation", "peak, GB"]
-    title = f"Commit {commit()}, a CPU with {os.cpu_count()} cores"
-    lines = [f"{title}.", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    print("\n".join(lines), flush=True)
+    print(f"Commit {commit()}, a CPU with {os.cpu_count()} cores.\n")
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|", flush=True)
     for vocabulary in options.vocabularies:
         with tempfile.TemporaryDirectory() as model:
             make_model(vocabulary, model)
-            for length in options.lengths:
-                for mini_batch_size in options.mini_batch_sizes:
-                    size = (length, mini_batch_size)
-                    line = f"| {vocabulary:,} | {length} | {mini_batch_size} | "
-                    line += cells(measure(ROOT, model, *size, flags))
-                    if options.beside:
-                        is_too_much = length * vocabulary > options.most
-                        other = (
-                            None if is_too_much else measure(options.beside, model, *size, flags)
-                        )
-                        line += f" | {cells(other)}" if not is_too_much else " | not tried | - | -"
-                    lines.append(f"{line} |")
-                    print(lines[-1], flush=True)
-    if not sys.argv[1:] or sys.argv[1:2] == ["--beside"]:
-        Path(__file__).with_suffix(".md").write_text("\n".join([*lines, ""]))
+            for size in itertools.product(options.lengths, options.mini_batch_sizes):
+                found = [cells(measure(checkout, model, *size, flags)) for checkout in checkouts]
+                print(
+                    f"| {vocabulary:,} | {size[0]} | {size[1]} | {' | '.join(found)} |", flush=True
+                )
 
 
 if __name__ == "__main__":
