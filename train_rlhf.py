@@ -102,7 +102,7 @@ TEMPERATURE = 1.0  # divides the logits of policy and base model everywhere; 1.0
 
 # --- PPO
 LEARNING_RATE = 3e-4  # of the first step; the later ones follow TARGET_APPROX_KL
-TARGET_APPROX_KL = 0.008  # nats per token of a step, falling to 0; 0 = LEARNING_RATE stays
+TARGET_APPROX_KL = 0.008  # nats per token of a step, falls as it learns; 0 = LEARNING_RATE stays
 PPO_EPOCHS = 2  # passes over a batch; 1 = every sample is used once (needs TARGET_APPROX_KL 0)
 MINI_BATCH_SIZE = 0  # responses of an update, divides BATCH_SIZE; memory grows with it; 0 = all
 GRADIENT_CHECKPOINTING = False  # True saves memory, most where responses are long; it is slower
@@ -184,6 +184,7 @@ import trl
 from finetune import functions, measurement, models, output, processes, progress, scorers
 from finetune.checkpoint import Checkpoint, check_resume
 from finetune.evaluation import measure_and_save, measure_scale
+from finetune.figures import RECENT
 from finetune.files import Row, hash_files
 from finetune.loading import load_model
 from finetune.logits import OutputHead, find_head, inputs_of
@@ -1238,6 +1239,25 @@ def approx_kl_growth(updates: int) -> float:
     return updates * updates**2 / measured
 
 
+def target_of_next_step(metrics: Metrics, total_steps: int, settings: Settings) -> float:
+    """Return how far the next step may move the policy, in nats per token.
+
+    It falls with the steps that are left, or the noise of the last ones would stay, and
+    with the share of responses that fail: a policy that hardly ever fails has little to
+    learn, and one whose words are rare learns as fast in the middle of a run as at its
+    beginning. TARGET_APPROX_KL is that of a first step of which half the responses fail.
+    """
+    steps_left = 1 - len(metrics) / total_steps
+    success_rate = progress.recent(metrics, "success_rate")
+    if math.isnan(success_rate):
+        # Of graded scores nobody knows how much is left to learn: here time alone counts.
+        return settings.target_approx_kl * steps_left**3
+
+    # One failure more is counted, for none among the last 100 does not mean none.
+    failure_rate = 1 - success_rate + 1 / RECENT
+    return settings.target_approx_kl * 2 * failure_rate * steps_left
+
+
 def set_learning_rate(
     optimizer: torch.optim.Optimizer,
     metrics: Metrics,
@@ -1245,15 +1265,14 @@ def set_learning_rate(
     settings: Settings,
     limit: float = 1.5,
 ) -> None:
-    """Let the next step move the policy by TARGET_APPROX_KL, judging by how far the last went.
+    """Let the next step move the policy as far as its target, judging by how far the last went.
 
     approx_kl grows with the square of the rate, so the rate is multiplied by the square
     root of target / approx_kl. limit: the largest factor, for a single step is noisy.
     """
     if settings.target_approx_kl == 0:
         return
-    # The target falls as a cube to 0, or the noise of the last steps would stay.
-    target = settings.target_approx_kl * (1 - len(metrics) / total_steps) ** 3
+    target = target_of_next_step(metrics, total_steps, settings)
 
     # None stands for one too large to be a number. Where nothing was earned yet nothing has
     # moved, which tells nothing about the rate.

@@ -2,6 +2,7 @@
 
     python benchmarks/learning.py             # 5 seeds of each model with the defaults: learning.md
     python benchmarks/learning.py --ablation  # what each part of the learner is worth: ablation.md
+    python benchmarks/learning.py --rare      # words that the base model hardly says: rare_words.md
 
 Any flag of train_rlhf.py may follow; then the table is shown, but not written. Every run is a
 process of its own with one thread, as many at once as there are cores. stories260K, a model that is
@@ -33,6 +34,17 @@ MODELS = {
     ],
     "stories260K, default prompts": ["--model-name", str(STORIES)],
 }
+RARE = {  # models and words
+    f"{model}, {words}": [*MODELS[model], "--positive-words", *words.split(", ")]
+    for model, words in [
+        ("demo_model", "calm, serene, peaceful"),
+        ("stories260K, story prompts", "big"),
+        ("stories260K, story prompts", "dog, cat, bird"),
+        ("stories260K, story prompts", "play, playing, toy, park"),
+    ]
+}
+CALM = "demo_model, calm, serene, peaceful"
+RARE[f"{CALM}, 40 tokens"] = [*RARE[CALM], "--max-new-tokens", "40"]
 VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
     "as it is": ([], ""),
     "LEARNING_RATE / 3": (["--learning-rate", "1e-4"], ""),
@@ -63,14 +75,11 @@ VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
         "    return forward(self, earned=0 * earned, **inputs)\n"
         "train_rlhf.PolicyWithValueHead.forward = blind",
     ),
-    "target falls as a straight line": (
+    "target falls as a cube": (
         [],
-        "set_rate = train_rlhf.set_learning_rate\n"
-        "def straight(optimizer, metrics, total_steps, settings):\n"  # of another total, cubed
-        "    left = 1 - len(metrics) / total_steps\n"
-        "    total = len(metrics) / (1 - left ** (1 / 3))\n"
-        "    set_rate(optimizer, metrics, total, settings)\n"
-        "train_rlhf.set_learning_rate = straight",
+        "def cube(metrics, total_steps, settings):\n"
+        "    return settings.target_approx_kl * (1 - len(metrics) / total_steps) ** 3\n"
+        "train_rlhf.target_of_next_step = cube",
     ),
     "LAM 1": (["--lam", "1"], ""),
     "TARGET_APPROX_KL * 4": (["--target-approx-kl", "0.032"], ""),
@@ -126,7 +135,7 @@ def run(patch, flags, seed):
     rates = [record["success_rate"] for record in metrics]
     running = {
         (i + 1) * batch: statistics.mean(rates[i + 1 - 100 // batch : i + 1])
-        for i in range(9, len(rates))
+        for i in range(100 // batch - 1, len(rates))
     }
     trained, held_out = report["trained"]["train_prompts"], report["trained"]["eval_prompts"]
     return {
@@ -167,13 +176,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--ablation", action="store_true", help="all variants in place of the defaults alone")
+    add("--rare", action="store_true", help="words that the base model hardly says")
     add("--seeds", type=int, default=5, help="seeds 0 to this less one (default: %(default)s)")
-    names = list(MODELS)
-    add("--models", nargs="+", choices=names, default=names, help="which models (default: all)")
+    names = [*MODELS, *RARE]
+    add("--models", nargs="+", choices=names, help="which models (default: all)")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: %(default)s)")
     options, flags = parser.parse_known_args()
-    variants = list(VARIANTS) if options.ablation else list(VARIANTS)[:1]
-    models = [name for name in options.models if STORIES.is_dir() or name == "demo_model"]
+
+    all_models, file, variants = MODELS, "learning.md", ["as it is"]
+    if options.rare:
+        all_models, file, variants = RARE, "rare_words.md", ["as it is", "target falls as a cube"]
+    elif options.ablation:
+        file, variants = "ablation.md", list(VARIANTS)
+    models = [name for name in options.models or all_models if name in all_models]
+    models = [name for name in models if STORIES.is_dir() or name.startswith("demo_model")]
     if options.ablation:
         models = [name for name in models if name != "stories260K, default prompts"]
     tasks = [(m, v, seed) for m in models for v in variants for seed in range(options.seeds)]
@@ -181,7 +197,7 @@ def main():
     def run_task(task):
         model, variant, seed = task
         variant_flags, patch = VARIANTS[variant]
-        return run(patch, [*MODELS[model], *variant_flags, *flags], seed)
+        return run(patch, [*all_models[model], *variant_flags, *flags], seed)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         results = dict(zip(tasks, pool.map(run_task, tasks)))
@@ -191,14 +207,13 @@ def main():
     lines += [f"| | {COLUMNS} |", "|---|" + "---|" * len(COLUMNS.split("|"))]
     for model in models:
         for variant in variants:
-            name = f"{model}: {variant}" if options.ablation else model
+            name = f"{model}: {variant}" if len(variants) > 1 else model
             runs = [results[model, variant, seed] for seed in range(options.seeds)]
             lines.append(row(name, runs))
     table = "\n".join(lines) + "\n"
     print(table)
     if not flags:
-        name = "ablation.md" if options.ablation else "learning.md"
-        (ROOT / "benchmarks" / name).write_text(table)
+        (ROOT / "benchmarks" / file).write_text(table)
 
 
 if __name__ == "__main__":

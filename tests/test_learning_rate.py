@@ -4,13 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from train_rlhf import set_learning_rate
+from train_rlhf import set_learning_rate, target_of_next_step
 
 
 def rates_after(rates, approx_kls, target, total_steps):
     """Return the rates after so many steps, with a target for the first and a first rate of 1e-4."""
     optimizer = SimpleNamespace(param_groups=[{"lr": rate} for rate in rates])
-    metrics = [{"approx_kl": approx_kl} for approx_kl in approx_kls]
+    metrics = [
+        {"approx_kl": approx_kl, "success_rate": None, "samples": 10 * (step + 1)}
+        for step, approx_kl in enumerate(approx_kls)
+    ]
     settings = SimpleNamespace(target_approx_kl=target, learning_rate=1e-4)
     set_learning_rate(optimizer, metrics, total_steps, settings)
     return [group["lr"] for group in optimizer.param_groups]
@@ -38,9 +41,33 @@ def test_the_rate_follows_the_root_of_the_kl(approx_kl, factor):
     ("target", "total_steps", "factor"),
     [(0.08, 12, 1), (0.04, 12, 0.5**0.5), (0.01, 6 * 10**6, 1), (0.01, 6, 1 / 1.5)],
 )
-def test_the_target_falls_as_a_cube_to_0(target, total_steps, factor):
+def test_the_target_of_graded_scores_falls_as_a_cube_to_0(target, total_steps, factor):
     """After 6 of 12 steps an eighth of it is left."""
     assert factor_after(0.01, target, total_steps) == pytest.approx(factor, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("success_rates", "steps_left", "share"),
+    [
+        ([0.5], 89 / 90, 1.02 * 89 / 90),
+        ([0.0] * 45, 1 / 2, 1.01),  # a rare word: nothing is learned yet
+        ([0.9] * 45, 1 / 2, 0.11),
+        ([1.0] * 45, 1 / 2, 0.01),  # of none among 100 it is not known that none fails
+        ([0.0] * 35 + [0.9] * 10, 1 / 2, 0.11),  # the last 100 samples count
+        ([0.0] * 90, 0, 0),
+    ],
+)
+def test_the_target_falls_with_failures_and_steps_left(success_rates, steps_left, share):
+    """It is the setting where half of the responses fail and no step is taken yet."""
+    metrics = [
+        {"success_rate": rate, "samples": 10 * (step + 1)}
+        for step, rate in enumerate(success_rates)
+    ]
+    total_steps = 90
+    assert steps_left == 1 - len(metrics) / total_steps
+    settings = SimpleNamespace(target_approx_kl=0.008)
+    target = target_of_next_step(metrics, total_steps, settings)
+    assert target == pytest.approx(0.008 * share)
 
 
 def test_a_step_that_moved_nothing_leaves_the_rate():
