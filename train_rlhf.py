@@ -102,7 +102,7 @@ TEMPERATURE = 1.0  # divides the logits of policy and base model everywhere; 1.0
 
 # --- PPO
 LEARNING_RATE = 3e-4  # of the first step; the later ones follow TARGET_APPROX_KL
-TARGET_APPROX_KL = 0.008  # nats per token of a step, falls as it learns; 0 = LEARNING_RATE stays
+TARGET_APPROX_KL = 0.008  # nats per token of a step; falls as it learns; 0 = LEARNING_RATE stays
 PPO_EPOCHS = 2  # passes over a batch; 1 = every sample is used once (needs TARGET_APPROX_KL 0)
 MINI_BATCH_SIZE = 0  # responses of an update, divides BATCH_SIZE; memory grows with it; 0 = all
 GRADIENT_CHECKPOINTING = False  # True saves memory, most where responses are long; it is slower
@@ -306,7 +306,7 @@ def train(learner: Learner, rows: list[Row], metrics: Metrics, checkpoint: Check
                 warnings = measurement.warnings_of(metrics, settings.max_new_tokens)
                 log.write(metrics, measurement.progress_text(metrics), samples, warnings)
                 progress.give_up_on_bad_numbers(metrics, "lower TARGET_APPROX_KL, or ")
-                set_learning_rate(optimizer, metrics, total_steps, settings)
+                set_learning_rate(optimizer, metrics, total_steps, settings, learner.scale)
 
                 # No regular checkpoint right after numbers that were not finite.
                 stop.agree()
@@ -1239,21 +1239,23 @@ def approx_kl_growth(updates: int) -> float:
     return updates * updates**2 / measured
 
 
-def target_of_next_step(metrics: Metrics, total_steps: int, settings: Settings) -> float:
+def target_of_next_step(
+    metrics: Metrics, total_steps: int, settings: Settings, scale: Scale
+) -> float:
     """Return how far the next step may move the policy, in nats per token.
 
-    It falls with the steps that are left, or the noise of the last ones would stay, and
-    with the share of responses that fail: a policy that hardly ever fails has little to
-    learn, and one whose words are rare learns as fast in the middle of a run as at its
-    beginning. TARGET_APPROX_KL is that of a first step of which half the responses fail.
+    The target falls with the steps that are left, or the noise of the last ones would
+    stay. It falls with the responses that fail, too: where few do, little is left to
+    learn, and where words are rare, so that all fail for long, there is no less time to
+    learn them. It is TARGET_APPROX_KL at the beginning of a run of which half fail.
     """
     steps_left = 1 - len(metrics) / total_steps
     success_rate = progress.recent(metrics, "success_rate")
-    if math.isnan(success_rate):
-        # Of graded scores nobody knows how much is left to learn: here time alone counts.
+    if scale.graded or math.isnan(success_rate):
+        # A graded score can always get better, so time alone counts.
         return settings.target_approx_kl * steps_left**3
 
-    # One failure more is counted, for none among the last 100 does not mean none.
+    # That none of the last 100 failed does not mean that none will: one more is counted.
     failure_rate = 1 - success_rate + 1 / RECENT
     return settings.target_approx_kl * 2 * failure_rate * steps_left
 
@@ -1263,6 +1265,7 @@ def set_learning_rate(
     metrics: Metrics,
     total_steps: int,
     settings: Settings,
+    scale: Scale,
     limit: float = 1.5,
 ) -> None:
     """Let the next step move the policy as far as its target, judging by how far the last went.
@@ -1272,7 +1275,7 @@ def set_learning_rate(
     """
     if settings.target_approx_kl == 0:
         return
-    target = target_of_next_step(metrics, total_steps, settings)
+    target = target_of_next_step(metrics, total_steps, settings, scale)
 
     # None stands for one too large to be a number. Where nothing was earned yet nothing has
     # moved, which tells nothing about the rate.

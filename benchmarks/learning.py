@@ -34,17 +34,14 @@ MODELS = {
     ],
     "stories260K, default prompts": ["--model-name", str(STORIES)],
 }
-RARE = {  # models and words
-    f"{model}, {words}": [*MODELS[model], "--positive-words", *words.split(", ")]
-    for model, words in [
-        ("demo_model", "calm, serene, peaceful"),
-        ("stories260K, story prompts", "big"),
-        ("stories260K, story prompts", "dog, cat, bird"),
-        ("stories260K, story prompts", "play, playing, toy, park"),
-    ]
+CALM = "demo_model: calm, serene, peaceful"
+RARE = {  # words that the base model hardly says
+    CALM: [*MODELS["demo_model"], "--positive-words", "calm", "serene", "peaceful"],
 }
-CALM = "demo_model, calm, serene, peaceful"
-RARE[f"{CALM}, 40 tokens"] = [*RARE[CALM], "--max-new-tokens", "40"]
+RARE[f"{CALM}; 40 tokens"] = [*RARE[CALM], "--max-new-tokens", "40"]
+for words in ("big", "dog, cat, bird", "play, playing, toy, park"):
+    story_flags = MODELS["stories260K, story prompts"]
+    RARE[f"stories260K: {words}"] = [*story_flags, "--positive-words", *words.split(", ")]
 VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
     "as it is": ([], ""),
     "LEARNING_RATE / 3": (["--learning-rate", "1e-4"], ""),
@@ -77,7 +74,7 @@ VARIANTS = {  # name: flags, and Python that changes train_rlhf before it runs
     ),
     "target falls as a cube": (
         [],
-        "def cube(metrics, total_steps, settings):\n"
+        "def cube(metrics, total_steps, settings, scale):\n"
         "    return settings.target_approx_kl * (1 - len(metrics) / total_steps) ** 3\n"
         "train_rlhf.target_of_next_step = cube",
     ),
@@ -133,9 +130,10 @@ def run(patch, flags, seed):
     report, metrics = run_script(patch, flags, seed)
     batch = report["settings"]["batch_size"]
     rates = [record["success_rate"] for record in metrics]
+    last_100 = max(100 // batch, 1)  # steps
     running = {
-        (i + 1) * batch: statistics.mean(rates[i + 1 - 100 // batch : i + 1])
-        for i in range(100 // batch - 1, len(rates))
+        end * batch: statistics.mean(rates[end - last_100 : end])
+        for end in range(last_100, len(rates) + 1)
     }
     trained, held_out = report["trained"]["train_prompts"], report["trained"]["eval_prompts"]
     return {
@@ -178,8 +176,7 @@ def main():
     add("--ablation", action="store_true", help="all variants in place of the defaults alone")
     add("--rare", action="store_true", help="words that the base model hardly says")
     add("--seeds", type=int, default=5, help="seeds 0 to this less one (default: %(default)s)")
-    names = [*MODELS, *RARE]
-    add("--models", nargs="+", choices=names, help="which models (default: all)")
+    add("--models", nargs="+", choices=[*MODELS, *RARE], help="which models (default: all)")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: %(default)s)")
     options, flags = parser.parse_known_args()
 
@@ -188,7 +185,9 @@ def main():
         all_models, file, variants = RARE, "rare_words.md", ["as it is", "target falls as a cube"]
     elif options.ablation:
         file, variants = "ablation.md", list(VARIANTS)
-    models = [name for name in options.models or all_models if name in all_models]
+    models = options.models or list(all_models)
+    if not all_models.keys() >= set(models):
+        parser.error(f"--models: choose from {', '.join(all_models)}")
     models = [name for name in models if STORIES.is_dir() or name.startswith("demo_model")]
     if options.ablation:
         models = [name for name in models if name != "stories260K, default prompts"]

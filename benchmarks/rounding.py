@@ -32,19 +32,28 @@ from finetune.words import has_word
 
 MODELS = ["demo_model", "246 M"]
 SAMPLES = 240
-COLUMNS = "score | KL | KL of the one from the other"
+COLUMNS = "score | KL | KL from the other way"
 
 
 def letters(prompts: list[str], completions: list[str], **kwargs: object) -> list[float]:
-    """Return how many letters each completion has: a reward function of train_rlhf.py."""
-    return [float(sum(map(str.isalpha, completion))) for completion in completions]
+    """Return how many letters each completion has: a reward for train_rlhf.py."""
+    counts = [sum(map(str.isalpha, completion)) for completion in completions]
+    return [float(count) for count in counts]
 
 
 def words(settings, prompts, completions):
     """Return 1 for each completion with a positive word, else -1."""
     pairs = zip(prompts, completions)
-    found = [has_word(text, settings.positive_words, before=prompt) for prompt, text in pairs]
-    return [1.0 if is_positive else -1.0 for is_positive in found]
+    scores = []
+    for prompt, text in pairs:
+        is_positive = has_word(text, settings.positive_words, before=prompt)
+        scores.append(1.0 if is_positive else -1.0)
+    return scores
+
+
+def prompts_of(settings):
+    """Return the prompts of all samples, in turns."""
+    return (settings.prompts * SAMPLES)[:SAMPLES]
 
 
 def train(name, folder, output):
@@ -80,11 +89,12 @@ def kl(logprobs, others):
 
 def measure(model, tokenizer, settings, merged):
     """Return texts, KLs from the base model, and KLs from the same adapter the other way."""
-    rows = [{"prompt": settings.prompts[i % len(settings.prompts)]} for i in range(SAMPLES)]
+    rows = [{"prompt": prompt} for prompt in prompts_of(settings)]
     queries = encode(tokenizer, rows, chat_template=False)
     numbers = random_numbers((1, 0, 0), SAMPLES, settings.max_new_tokens)
 
     def way(is_merged):
+        """Let the adapter be merged, or beside the weights."""
         return as_saved(model, tempfile.gettempdir()) if is_merged else nullcontext()
 
     with way(merged):
@@ -111,14 +121,12 @@ def rows_of(name):
         settings = train(name, model_folder, output)
         model, tokenizer = load(model_folder, output, settings)
 
+        words_count = name == "demo_model"
         rows = []
         for merged in (False, True):
             texts, kls, differences = measure(model, tokenizer, settings, merged)
-            if name == "demo_model":
-                prompts = [settings.prompts[i % len(settings.prompts)] for i in range(SAMPLES)]
-                scores = words(settings, prompts, texts)
-            else:
-                scores = letters([], texts)
+            prompts = prompts_of(settings)
+            scores = words(settings, prompts, texts) if words_count else letters(prompts, texts)
             means = [statistics.mean(figures) for figures in (scores, kls, differences)]
             place = "merged" if merged else "beside the weights"
             cells = [f"{mean:.3f}" for mean in means]
@@ -138,9 +146,9 @@ def main():
         "|---|---|---|---|---|",
     ]
     for name in MODELS:
-        for row in rows_of(name):
-            lines.append(row)
-            print(row, flush=True)
+        rows = rows_of(name)
+        lines += rows
+        print("\n".join(rows), flush=True)
     Path(__file__).with_suffix(".md").write_text("\n".join([*lines, ""]))
 
 

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-RECENT = 100  # samples, over which the means go that are shown while a run goes on
+RECENT = 100  # samples, over which the means go that are shown, and that steer the learning rate
 
 
 def without_bad_numbers(value: Any) -> Any:

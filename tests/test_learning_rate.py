@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from finetune.scale import Scale
 from train_rlhf import set_learning_rate, target_of_next_step
 
 
@@ -15,7 +16,7 @@ def rates_after(rates, approx_kls, target, total_steps):
         for step, approx_kl in enumerate(approx_kls)
     ]
     settings = SimpleNamespace(target_approx_kl=target, learning_rate=1e-4)
-    set_learning_rate(optimizer, metrics, total_steps, settings)
+    set_learning_rate(optimizer, metrics, total_steps, settings, Scale())
     return [group["lr"] for group in optimizer.param_groups]
 
 
@@ -46,28 +47,58 @@ def test_the_target_of_graded_scores_falls_as_a_cube_to_0(target, total_steps, f
     assert factor_after(0.01, target, total_steps) == pytest.approx(factor, rel=1e-5)
 
 
+def records(success_rates, batch_size=10):
+    """Return the metrics of so many steps."""
+    return [
+        {"success_rate": rate, "samples": batch_size * step}
+        for step, rate in enumerate(success_rates, start=1)
+    ]
+
+
+OF_A_RULE = Scale(threshold=0.0)
+
+
 @pytest.mark.parametrize(
-    ("success_rates", "steps_left", "share"),
+    ("success_rates", "batch_size", "share"),
     [
-        ([0.5], 89 / 90, 1.02 * 89 / 90),
-        ([0.0] * 45, 1 / 2, 1.01),  # a rare word: nothing is learned yet
-        ([0.9] * 45, 1 / 2, 0.11),
-        ([1.0] * 45, 1 / 2, 0.01),  # of none among 100 it is not known that none fails
-        ([0.0] * 35 + [0.9] * 10, 1 / 2, 0.11),  # the last 100 samples count
-        ([0.0] * 90, 0, 0),
+        ([0.5], 10, 1.02 * 89 / 90),
+        ([0.0] * 45, 10, 1.01),  # a rare word: nothing is learned yet
+        ([0.9] * 45, 10, 0.11),
+        ([1.0] * 45, 10, 0.01),  # that none of 100 failed does not mean that none will
+        ([0.0] * 35 + [0.9] * 10, 10, 0.11),  # the last 100 samples count
+        ([0.0] * 44 + [0.9], 1000, 0.11),
+        ([0.0, 1.0] * 45, 1, 0),  # no step is left
     ],
 )
-def test_the_target_falls_with_failures_and_steps_left(success_rates, steps_left, share):
+def test_the_target_falls_with_failures_and_steps_left(success_rates, batch_size, share):
     """It is the setting where half of the responses fail and no step is taken yet."""
-    metrics = [
-        {"success_rate": rate, "samples": 10 * (step + 1)}
-        for step, rate in enumerate(success_rates)
-    ]
-    total_steps = 90
-    assert steps_left == 1 - len(metrics) / total_steps
+    metrics = records(success_rates, batch_size)
     settings = SimpleNamespace(target_approx_kl=0.008)
-    target = target_of_next_step(metrics, total_steps, settings)
+    target = target_of_next_step(metrics, 90, settings, OF_A_RULE)
     assert target == pytest.approx(0.008 * share)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_a_success_is_not_the_end_of_a_graded_score(threshold):
+    """Also where SUCCESS_THRESHOLD says what is one."""
+    rate = None if threshold is None else 1.0
+    scale = Scale(graded=True, threshold=threshold)
+    settings = SimpleNamespace(target_approx_kl=0.008)
+    target = target_of_next_step(records([rate] * 45), 90, settings, scale)
+    assert target == pytest.approx(0.001)
+
+
+def test_the_rate_follows_the_failures():
+    """Of two runs that moved alike, the one that fails goes on faster."""
+    settings = SimpleNamespace(target_approx_kl=0.008, learning_rate=1e-4)
+    rates = []
+    for success_rate in (0.1, 0.95):
+        metrics = records([success_rate] * 45)
+        metrics[-1]["approx_kl"] = 0.001
+        optimizer = SimpleNamespace(param_groups=[{"lr": 1e-4}])
+        set_learning_rate(optimizer, metrics, 90, settings, OF_A_RULE)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1.5e-4, 1e-4 * 0.48**0.5])
 
 
 def test_a_step_that_moved_nothing_leaves_the_rate():
