@@ -159,7 +159,7 @@ def row(name, runs):
     cells = [
         f"{name} (base {statistics.mean(figures['base'] for figures in runs):.0%})",
         f"{statistics.mean(figures['last_200'] for figures in runs):.1%}",
-        f"{min(figures['last_200'] for figures in runs):.0%}",
+        f"{min(figures['last_200'] for figures in runs):.1%}",
         "never" if median == 10**9 else f"{median:.0f}",
         *(mean(key, ".0%") for key in ("trained", "held_out")),
         mean("kl", ".1f"),
