@@ -92,7 +92,9 @@ def main():
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = dict(zip(tasks, pool.map(lambda task: run(*task), tasks)))
     columns = "| | base score | trained | win rate | KL | least KL | distinct | learned |"
-    where = f"demo_model, seeds 0 to {max(SEEDS)}, 900 samples, a CPU with one thread a run"
+    where = (
+        f"demo_model, seeds 0 to {max(SEEDS)}, 900 samples, float32, a CPU with one thread a run"
+    )
     lines = [f"Commit {commit()}, {where}.", "", columns, "|---" * 8 + "|"]
     for reward in REWARDS:
         for variant in VARIANTS:

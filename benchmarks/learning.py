@@ -97,10 +97,11 @@ def run_script(patch, flags, seed):
 def run_stage(script, output, flags, patch=""):
     """Return report and metrics of a run of one of the scripts into the folder output.
 
-    A run that fails stops the benchmark with what it printed.
+    It is in float32, also on CPUs with AMX, unless a flag says otherwise. A run that fails
+    stops the benchmark with what it printed.
     """
     program = f"import sys, {script}\n{patch}\nsys.exit({script}.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, *map(str, flags)]
+    command = [sys.executable, "-c", program, "--dtype", "float32", *map(str, flags)]
     command += ["--output-dir", str(output), "--save-every", "0"]
     result = subprocess.run(
         command,
@@ -138,6 +139,7 @@ def run(patch, flags, seed):
     trained, held_out = report["trained"]["train_prompts"], report["trained"]["eval_prompts"]
     return {
         "samples": report["samples"],
+        "dtype": report["dtype"],
         "base": report["base"]["train_prompts"]["success_rate"],
         "last_200": statistics.mean(rates[-200 // batch :]),
         "samples_to_80": next((samples for samples, rate in running.items() if rate >= 0.8), None),
@@ -200,9 +202,9 @@ def main():
 
     with ThreadPoolExecutor(options.jobs) as pool:
         results = dict(zip(tasks, pool.map(run_task, tasks)))
-    samples = results[tasks[0]]["samples"]
-    seeds = f"seeds 0 to {options.seeds - 1}, {samples} samples, a CPU with one thread a run"
-    lines = [f"Commit {commit()}, {seeds}.", ""]
+    samples, dtype = results[tasks[0]]["samples"], results[tasks[0]]["dtype"]
+    seeds = f"seeds 0 to {options.seeds - 1}, {samples} samples, {dtype}"
+    lines = [f"Commit {commit()}, {seeds}, a CPU with one thread a run.", ""]
     lines += [f"| | {COLUMNS} |", "|---|" + "---|" * len(COLUMNS.split("|"))]
     for model in models:
         for variant in variants:

@@ -125,7 +125,7 @@ def tables(sft, rewards, base, runs, seeds):
     family = still[max(PAIRS)]["family"]
     lines = [
         f"Commit {commit()}, demo_model, seeds 0 to {max(seeds)} of PPO, 900 samples a run,",
-        "a CPU with one thread a run.",
+        "float32, a CPU with one thread a run.",
         "",
         f"SFT on texts about family: {losses[0]:.3f} nats a token before, {losses[1]:.3f} after;",
         f"{base['family']:.0%} of responses speak of family before, {family:.0%} after.",
