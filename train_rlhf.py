@@ -535,7 +535,7 @@ def load_reward(
     )
     scorer.try_out(rows)
     if is_rule:
-        scale = Scale(threshold=0.0)
+        scale = Scale(threshold=0.0, is_rule=True)
     return scorer, scale
 
 
@@ -1245,18 +1245,17 @@ def target_of_next_step(
     """Return how far the next step may move the policy, in nats per token.
 
     The target falls with the steps that are left, or the noise of the last ones would
-    stay. It falls with the responses that fail, too: where few do, little is left to
-    learn, and where words are rare, so that all fail for long, there is no less time to
-    learn them. It is TARGET_APPROX_KL at the beginning of a run of which half fail.
+    stay. Of a rule it falls with the responses that fail, too: where few do, little is
+    left to learn, and where words are rare, so that all fail for long, there is no less
+    time to learn them. It is TARGET_APPROX_KL at the beginning of a run of which half fail.
     """
     steps_left = 1 - len(metrics) / total_steps
-    success_rate = progress.recent(metrics, "success_rate")
-    if scale.graded or math.isnan(success_rate):
-        # A graded score can always get better, so time alone counts.
+    if not scale.is_rule:
+        # Other scores can always get better, so time alone counts.
         return settings.target_approx_kl * steps_left**3
 
     # That none of the last 100 failed does not mean that none will: one more is counted.
-    failure_rate = 1 - success_rate + 1 / RECENT
+    failure_rate = 1 - progress.recent(metrics, "success_rate") + 1 / RECENT
     return settings.target_approx_kl * 2 * failure_rate * steps_left
 
 

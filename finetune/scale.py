@@ -13,6 +13,7 @@ class Scale:
     deviation: float = 1.0  # of these scores
     graded: bool = False  # whether there are more scores than a rule's two
     threshold: float | None = None  # higher is a success; None = there is none
+    is_rule: bool = False  # whether there are two scores alone, so that success is all there is
     accuracy: float | None = None  # of the classifier, on held-out comparisons
 
     def apply(self, scores: torch.Tensor) -> torch.Tensor:
@@ -36,7 +37,7 @@ def scale_of(scores: torch.Tensor) -> Scale:
         print(f"Scale     {line}\n", flush=True)
 
         middle = (min(values) + max(values)) / 2
-        return Scale(threshold=middle)
+        return Scale(threshold=middle, is_rule=True)
 
     mean = scores.mean().item()
     deviation = scores.std().item()

@@ -119,7 +119,9 @@ def test_a_single_real_run_is_a_table_of_one(real_run, form, tmp_path, monkeypat
     assert f"| {trained['success_rate']:.0%} ± " in out
     assert f"| {trained['kl']:.1f} " in out
     assert "my runs (seed 0)" in out
-    assert "120 samples in" in out and form[0]["device"] in out
+    # Lines are wrapped where they are full.
+    words = " ".join(out.split())
+    assert "120 samples in" in words and form[0]["device"] in words
     assert (tmp_path / "my comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "](<my comparison.png>)" in (tmp_path / "my comparison.md").read_text(encoding="utf-8")
 

@@ -42,7 +42,7 @@ def test_the_rate_follows_the_root_of_the_kl(approx_kl, factor):
     ("target", "total_steps", "factor"),
     [(0.08, 12, 1), (0.04, 12, 0.5**0.5), (0.01, 6 * 10**6, 1), (0.01, 6, 1 / 1.5)],
 )
-def test_the_target_of_graded_scores_falls_as_a_cube_to_0(target, total_steps, factor):
+def test_the_target_of_other_scores_falls_as_a_cube_to_0(target, total_steps, factor):
     """After 6 of 12 steps an eighth of it is left."""
     assert factor_after(0.01, target, total_steps) == pytest.approx(factor, rel=1e-5)
 
@@ -55,7 +55,7 @@ def records(success_rates, batch_size=10):
     ]
 
 
-OF_A_RULE = Scale(threshold=0.0)
+OF_A_RULE = Scale(threshold=0.0, is_rule=True)
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,20 @@ def test_the_target_falls_with_failures_and_steps_left(success_rates, batch_size
     assert target == pytest.approx(0.008 * share)
 
 
-@pytest.mark.parametrize("threshold", [None, 0.5])
-def test_a_success_is_not_the_end_of_a_graded_score(threshold):
-    """Also where SUCCESS_THRESHOLD says what is one."""
-    rate = None if threshold is None else 1.0
-    scale = Scale(graded=True, threshold=threshold)
+@pytest.mark.parametrize(
+    "scale",
+    [
+        Scale(),
+        Scale(graded=True),
+        Scale(graded=True, threshold=0.5),  # SUCCESS_THRESHOLD does not steer
+        Scale(threshold=0.0, accuracy=0.9),  # a reward model can be pleased more and more
+    ],
+    ids=str,
+)
+def test_success_is_the_end_of_a_rule_alone(scale):
+    success_rate = None if scale.threshold is None else 1.0
     settings = SimpleNamespace(target_approx_kl=0.008)
-    target = target_of_next_step(records([rate] * 45), 90, settings, scale)
+    target = target_of_next_step(records([success_rate] * 45), 90, settings, scale)
     assert target == pytest.approx(0.001)
 
 

@@ -121,7 +121,7 @@ def test_the_default_reward_takes_the_words_of_the_settings(make_settings):
     settings = make_settings("--positive-words", "calm", "serene")
     scorer, scale = load_reward(settings, rows, CPU)
     assert scorer(rows, [" so serene", " so happy"]) == [1.0, -1.0]
-    assert scale == Scale(threshold=0.0)
+    assert scale == Scale(threshold=0.0, is_rule=True)
 
 
 def test_the_default_reward_takes_the_answer_to_a_conversation_as_a_text_of_its_own(make_settings):

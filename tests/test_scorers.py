@@ -309,7 +309,7 @@ def test_a_rule_with_two_scores_is_left_alone_and_success_is_above_their_middle(
 ):
     scores = torch.tensor(scores, dtype=torch.float64)
     scale = scale_of(scores)
-    assert scale == Scale(threshold=threshold)
+    assert scale == Scale(threshold=threshold, is_rule=True)
     assert torch.equal(scale.apply(scores), scores)
     line = f"Scale     the base model's samples score {shown}: left as it is\n\n"
     assert capsys.readouterr().out == line
