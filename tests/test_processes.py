@@ -414,8 +414,12 @@ def start_torchrun(script, flags, tmp_path):
 def wait_for(condition, process):
     """Wait until something is so, as long as the process lives and for some minutes at most."""
     deadline = time.monotonic() + 240
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline
+    while True:
+        # A process may do it and end between two looks: so the end is looked for first.
+        has_ended = process.poll() is not None
+        if condition():
+            return
+        assert not has_ended and time.monotonic() < deadline
         time.sleep(0.05)
 
 
