@@ -213,30 +213,30 @@ def memory_remedy(settings: Any) -> str:
 
 # -------------------------------------------------------------------------------- stops
 class Stop:
-    """A signal that was heard: its number in `requested`, 0 until then."""
+    """A signal: its number in `heard`, and in `requested` where all processes stop; 0 until then."""
 
     def __init__(self, after_step: bool) -> None:
         self.after_step = after_step
-        self.requested = 0
+        self.heard = self.requested = 0
         self.time = 0.0
-        # Within two seconds a launcher passes on to its processes what all of them got
-        # already.
+        # Within two seconds a launcher passes on to its processes what all of them got.
         self.pause = 2 if "WORLD_SIZE" in os.environ else 0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Note the first signal, where it can wait for the end of a step; raise at any other."""
-        is_repeated = self.requested and time.monotonic() - self.time >= self.pause
+        is_repeated = self.heard and time.monotonic() - self.time >= self.pause
         if is_repeated or not self.after_step:
             raise Stopped(number)
-        if not self.requested and is_main_process():
+        if not self.heard and is_main_process():
             print("\nStopping after this step; once more to stop at once", file=sys.stderr)
-        self.requested, self.time = number, time.monotonic()
+        self.heard, self.requested, self.time = number, number, time.monotonic()
 
     def agree(self) -> None:
         """Let all processes stop where one of them was asked to."""
         from accelerate.utils import gather_object
 
-        self.requested = max(gather_object([self.requested]))
+        # A signal that comes while they agree waits for the next time.
+        self.requested = max(gather_object([self.heard]))
 
 
 @contextmanager

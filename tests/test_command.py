@@ -386,3 +386,19 @@ def test_where_nohup_lets_a_closed_terminal_be_ignored_it_is():
             assert stop.requested == 0
     finally:
         signal.signal(signal.SIGHUP, handler)
+
+
+def test_a_signal_that_comes_while_processes_agree_is_heard_the_next_time(monkeypatch):
+    """It was lost: what they had agreed on was written over it."""
+    stop = command.Stop(after_step=True)
+
+    def interrupted(numbers):
+        if not stop.heard:
+            stop.handle(signal.SIGINT, None)
+        return numbers
+
+    monkeypatch.setattr("accelerate.utils.gather_object", interrupted)
+    stop.agree()
+    assert stop.requested == 0  # the others do not know of it yet
+    stop.agree()
+    assert stop.requested == signal.SIGINT
