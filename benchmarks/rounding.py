@@ -1,6 +1,6 @@
 """Measure how much of what PPO taught a model is lost where its adapter is merged into 16 bits.
 
-    python benchmarks/rounding.py    # rounding.md; half an hour
+    python benchmarks/rounding.py    # rounding.md; a quarter of an hour
 
 The demo model learns its words, a random Llama of 246 million parameters to write letters, which
 few of its 32,000 tokens have: 90 steps each, with the defaults. Then the same numbers sample
@@ -28,7 +28,7 @@ from finetune.processes import random_numbers
 from finetune.sampling import sample_responses
 from finetune.saving import as_saved
 from finetune.tokens import encode, load_tokenizer
-from finetune.words import has_word
+from train_rlhf import positive_word_reward
 
 MODELS = ["demo_model", "246 M"]
 SAMPLES = 240
@@ -39,16 +39,6 @@ def letters(prompts: list[str], completions: list[str], **kwargs: object) -> lis
     """Return how many letters each completion has: a reward for train_rlhf.py."""
     counts = [sum(map(str.isalpha, completion)) for completion in completions]
     return [float(count) for count in counts]
-
-
-def words(settings, prompts, completions):
-    """Return 1 for each completion with a positive word, else -1."""
-    pairs = zip(prompts, completions)
-    scores = []
-    for prompt, text in pairs:
-        is_positive = has_word(text, settings.positive_words, before=prompt)
-        scores.append(1.0 if is_positive else -1.0)
-    return scores
 
 
 def prompts_of(settings):
@@ -82,9 +72,16 @@ def logprobs_of(model, query, response):
     return logits.float().log_softmax(-1)
 
 
-def kl(logprobs, others):
-    """Return KL(first || second) of a response in nats, summed over its places."""
-    return (logprobs.exp() * (logprobs - others)).sum().item()
+def kls_from(model, passes, queries, responses):
+    """Return KL(pass || model) of each response in nats, summed over its places.
+
+    passes: what logprobs_of returned of each, of the same model in another state.
+    """
+    kls = []
+    for logprobs, query, response in zip(passes, queries, responses):
+        others = logprobs_of(model, query, response)
+        kls.append((logprobs.exp() * (logprobs - others)).sum().item())
+    return kls
 
 
 def measure(model, tokenizer, settings, merged):
@@ -101,15 +98,9 @@ def measure(model, tokenizer, settings, merged):
         responses, texts = sample_responses(model, tokenizer, queries, numbers, batch_size=40)
         passes = [logprobs_of(model, *pair) for pair in zip(queries, responses)]
     with model.disable_adapter():
-        kls = [
-            kl(logprobs, logprobs_of(model, *pair))
-            for logprobs, *pair in zip(passes, queries, responses)
-        ]
+        kls = kls_from(model, passes, queries, responses)
     with way(not merged):
-        differences = [
-            kl(logprobs, logprobs_of(model, *pair))
-            for logprobs, *pair in zip(passes, queries, responses)
-        ]
+        differences = kls_from(model, passes, queries, responses)
     return texts, kls, differences
 
 
@@ -121,12 +112,12 @@ def rows_of(name):
         settings = train(name, model_folder, output)
         model, tokenizer = load(model_folder, output, settings)
 
-        words_count = name == "demo_model"
+        prompts = prompts_of(settings)
+        score = positive_word_reward if name == "demo_model" else letters
         rows = []
         for merged in (False, True):
             texts, kls, differences = measure(model, tokenizer, settings, merged)
-            prompts = prompts_of(settings)
-            scores = words(settings, prompts, texts) if words_count else letters(prompts, texts)
+            scores = score(prompts, texts)
             means = [statistics.mean(figures) for figures in (scores, kls, differences)]
             place = "merged" if merged else "beside the weights"
             cells = [f"{mean:.3f}" for mean in means]

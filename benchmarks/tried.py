@@ -8,6 +8,7 @@ before it runs. They are here so that nobody has to try them again, and because 
 limits the learner. The last rows have more samples: what more steps and less noise would give.
 """
 
+import os
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -165,7 +166,7 @@ def main():
     """Run all, and print and write the table."""
     seeds = range(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
     runs = [(task, variant, seed) for task in TASKS for variant in VARIANTS for seed in seeds]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(run_variant, *zip(*runs))
         figures = dict(zip(runs, results))
 
@@ -179,9 +180,8 @@ def main():
     ]
     for task in TASKS:
         for variant in VARIANTS:
-            lines.append(
-                row(f"{task}: {variant}", [figures[task, variant, seed] for seed in seeds])
-            )
+            found = [figures[task, variant, seed] for seed in seeds]
+            lines.append(row(f"{task}: {variant}", found))
     print("\n".join(lines))
     if len(sys.argv) == 1:
         Path(__file__).with_suffix(".md").write_text("\n".join([*lines, ""]))

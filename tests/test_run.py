@@ -188,9 +188,8 @@ def test_the_report(learned, demo_model):
     assert set(report["settings"]) == set(train_rlhf.Settings.model_fields)
     assert report["settings"]["model_name"] == str(demo_model)
     assert report["settings"]["eval_samples"] == 60
-    assert report["scale"] == asdict(
-        Scale(threshold=0.0, is_rule=True)
-    )  # the scores stay as they are
+    # The scores stay as they are.
+    assert report["scale"] == asdict(Scale(threshold=0.0, is_rule=True))
     assert (report["dtype"], report["chat"]) == ("float32", False)
     wanted = {"train_prompts": train_rlhf.PROMPTS}
     wanted |= {"eval_prompts": train_rlhf.EVAL_PROMPTS}
